@@ -1,0 +1,1 @@
+"""When and where it runs: requests, tenants, batches, streams. No model maths."""

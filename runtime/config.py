@@ -1,0 +1,52 @@
+"""`EngineConfig`: every option of the engine, declared once. Flags and docs/configuration.md are derived from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from vbert.errors import ConfigError
+
+__all__ = ["EngineConfig", "option"]
+
+_MIB = 2**20
+
+
+def option(default: Any, help_text: str) -> Any:
+    """A config field with the sentence that `--help` and docs/configuration.md show for it."""
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """All limits are per process. A limit of an input or a request is refused with an error that names it."""
+
+    backbone: str = option("", "transformers folder of the frozen backbone (safetensors)")
+    store: str = option("", "folder of the tenant store; created if absent")
+    name: str | None = option(None, "name the backbone is served under; default: from its config")
+    device: str = option("auto", "auto, cpu or cuda")
+    dtype: str = option("auto", "auto, float32 or bfloat16; auto is bfloat16 where the CPU has AMX or AVX512-BF16")
+    compute_threads: int = option(0, "threads of the compute lane; 0: all cores this process may use")
+    max_batch_tokens: int = option(4096, "tokens in one forward pass")
+    max_queue_inputs: int = option(4096, "inputs waiting in the whole engine; beyond it: server_full")
+    max_caller_share: float = option(0.5, "part of the queue one caller may fill; beyond it: queue_full")
+    max_request_inputs: int = option(1024, "inputs in one request")
+    max_input_chars: int = option(200_000, "Unicode code points in one input, before it is tokenised")
+    default_deadline_s: float = option(30.0, "a request without a deadline of its own is given up after this long")
+    module_budget_bytes: int = option(1024 * _MIB, "bytes of tenant modules kept in memory; the rest waits on disk")
+    max_module_bytes: int = option(256 * _MIB, "bytes of one tenant's native file")
+    canary_interval_s: float = option(5.0, "seconds between two canary requests that prove the engine answers")
+    drain_timeout_s: float = option(30.0, "seconds a stop waits for requests that were admitted")
+
+    def __post_init__(self) -> None:
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"device is {self.device!r}; use auto, cpu or cuda")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ConfigError(f"dtype is {self.dtype!r}; use auto, float32 or bfloat16")
+        if not 0 < self.max_caller_share <= 1:
+            raise ConfigError(f"max_caller_share is {self.max_caller_share}; give a share above 0 and up to 1")
+        for option_field in fields(self):
+            value = getattr(self, option_field.name)
+            floor = 0 if option_field.name == "compute_threads" else 1e-9
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and value < floor:
+                raise ConfigError(f"{option_field.name} is {value}; it must be {'at least 0' if not floor else 'above 0'}")

@@ -1,0 +1,159 @@
+"""`TenantModule`: everything one tenant adds to the backbone, as plain fp32 host tensors.
+
+Readers (vbert/formats/) make it, the dense reference (vbert/reference.py) reads it, and vbert/checkpoint.py packs
+it into the native file, whose data section is what an arena slot holds. Nothing here knows a batch or a device.
+
+A delta is one of four kinds at one site of one layer (docs/architecture.md). At one linear the order is: input
+scale; shared product and bias; + low rank + sparse; then scale and shift.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+__all__ = [
+    "BOTTLENECK_SITES",
+    "HEAD_KINDS",
+    "Affine",
+    "Bottleneck",
+    "Delta",
+    "Dense",
+    "Head",
+    "LowRank",
+    "Norm",
+    "SelfTest",
+    "Sparse",
+    "TenantModule",
+]
+
+HEAD_KINDS = ("classify", "token_classify", "embed", "rerank")
+
+# in-tap and out-tap of a bottleneck around a sub-layer. `input`: what enters the sub-layer; `output`: what leaves
+# it, before residual and LayerNorm; `normed`: LayerNorm(output + residual), read only; `after`: after the LayerNorm.
+BOTTLENECK_SITES = tuple(
+    f"{sub}.{taps}" for sub in ("attn", "ffn") for taps in ("output>output", "normed>output", "input>output", "after>after")
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowRank:
+    """y += (x A) B. The method's scale (alpha / r, ...) is already in `b`."""
+
+    layer: int
+    site: str  # one of LINEAR_SITES
+    a: Tensor  # [H_in, R]
+    b: Tensor  # [R, H_out]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bottleneck:
+    """out += act(in D + d) U + e, `in` and `out` being the taps of `site`. The scale is already in `up` and `up_bias`."""
+
+    layer: int
+    site: str  # one of BOTTLENECK_SITES
+    activation: str
+    down: Tensor  # [H, R]
+    down_bias: Tensor  # [R]
+    up: Tensor  # [R, H]
+    up_bias: Tensor  # [H]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Affine:
+    """x = x * input_scale before a linear; y = y * scale + shift after it, y with the shared bias. None: not there."""
+
+    layer: int
+    site: str  # one of LINEAR_SITES; input_scale not at q, k, v
+    input_scale: Tensor | None = None  # [H_in]
+    scale: Tensor | None = None  # [H_out]
+    shift: Tensor | None = None  # [H_out]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Norm:
+    """A LayerNorm's weight and bias, replaced. Both always given (the shared one where only the other was tuned)."""
+
+    layer: int  # EMBEDDING_LAYER with site emb_norm
+    site: str  # one of NORM_SITES
+    weight: Tensor  # [H]
+    bias: Tensor  # [H]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sparse:
+    """y += x S, S sparse [H_in, H_out] in compressed rows: row i holds columns[row_starts[i]:row_starts[i + 1]]."""
+
+    layer: int
+    site: str  # one of LINEAR_SITES
+    row_starts: Tensor  # [H_in + 1] int32
+    columns: Tensor  # [nnz] int32
+    values: Tensor  # [nnz] float32
+
+
+Delta = LowRank | Bottleneck | Affine | Norm | Sparse
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dense:
+    """One dense layer of a head: act(x W^T + b)."""
+
+    weight: Tensor  # [out, in], as torch.nn.Linear has it
+    bias: Tensor | None  # [out]
+    activation: str = "identity"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """What turns hidden states into an answer.
+
+    kind: `classify`, `token_classify`, `embed` or `rerank`.
+    pooling: `cls`, `mean` (over all tokens of the sequence, special ones included) or `none` (one row a token).
+    shared_pooler: rows go through the backbone's own pooler, tanh(dense(x)), before `layers`.
+    layers: applied in order; an `embed` head may have none.
+    problem (classify, rerank): `single_label` softmax, `multi_label` sigmoid, `regression` raw numbers.
+        A rerank head has one output; its score is sigmoid(logit), or the raw number for `regression`. A two-label
+        classifier that judges pairs may serve rerank too: its score is the probability of label 1.
+    labels: one name a class, in order; LABEL_i where the checkpoint has none. Empty for `embed`.
+    normalise (embed): L2-normalise the result.
+    """
+
+    kind: str
+    pooling: str = "cls"
+    shared_pooler: bool = False
+    layers: tuple[Dense, ...] = ()
+    problem: str = "single_label"
+    labels: tuple[str, ...] = ()
+    normalise: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelfTest:
+    """One input with the answer an independent implementation gave, fp32.
+
+    token_ids, type_ids: as the tokenizer made them. expected: the head's output before softmax or sigmoid: logits
+    [C], token logits [n, C], or the pooled, projected, normalised embedding [D].
+    """
+
+    token_ids: Tensor  # [n] int64
+    type_ids: Tensor  # [n] int64
+    expected: Tensor  # [C], [n, C] or [D] float32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TenantModule:
+    """One version of one tenant, independent of its name.
+
+    backbone_fingerprint: of the backbone it was made for (`vbert.encoder.fingerprint`); another one refuses it.
+    max_length: tokens, when the tenant takes less than the backbone does.
+    source: where it came from, for people: {"format": "peft", "method": "LORA", ...}; JSON values only.
+    """
+
+    backbone_fingerprint: str
+    deltas: tuple[Delta, ...]
+    head: Head
+    max_length: int | None = None
+    self_tests: tuple[SelfTest, ...] = ()
+    source: dict[str, Any] = field(default_factory=dict)
