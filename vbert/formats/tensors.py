@@ -1,0 +1,77 @@
+"""Safetensors files and JSON files into tensors and dicts. Nothing is unpickled: a pickle is refused by its name.
+
+All tensors leave as fp32 host tensors, checked to be finite.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vbert.errors import CorruptFile, RefusedCheckpoint
+
+__all__ = ["read_json", "read_tensors", "weight_files"]
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def read_json(path: Path) -> Any:
+    """Raises: CorruptFile when the file is not JSON, RefusedCheckpoint when it is not there."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RefusedCheckpoint(f"{path.parent} has no {path.name}; give a folder that has one") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CorruptFile(f"{path} is not JSON ({error}); write it again") from None
+
+
+def weight_files(folder: Path, stem: str = "model") -> list[Path]:
+    """The safetensors files of a folder: `stem`.safetensors, or the shards that its index names.
+
+    Raises: RefusedCheckpoint when there is none, naming the pickle that is there instead.
+    """
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        shards = sorted(set(read_json(index)["weight_map"].values()))
+        if any(Path(shard).name != shard for shard in shards):
+            raise RefusedCheckpoint(f"{index} names files outside its folder; shards must lie beside the index")
+        return [folder / shard for shard in shards]
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise RefusedCheckpoint(
+            f"{folder} holds {pickles[0]} and pickles are never opened; save it again as {stem}.safetensors "
+            "(save_pretrained(..., safe_serialization=True))"
+        )
+    raise RefusedCheckpoint(f"{folder} has no {stem}.safetensors; give a folder that has one")
+
+
+def read_tensors(files: list[Path], wanted: Callable[[str], bool] = lambda key: True) -> dict[str, Tensor]:
+    """The tensors whose key is `wanted`, in fp32.
+
+    Raises: CorruptFile for a truncated file, integers where numbers belong, NaN or infinity.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors |= {key: file.get_tensor(key) for key in file.keys() if wanted(key)}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CorruptFile(f"{path} cannot be read ({error}); copy or save it again") from None
+    return {key: _as_fp32(key, tensor) for key, tensor in tensors.items()}
+
+
+def _as_fp32(key: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        raise CorruptFile(f"{key} holds {tensor.dtype}, floating point numbers belong there; save it unquantised")
+    tensor = tensor.to(torch.float32)
+    if not torch.isfinite(tensor).all():
+        raise CorruptFile(f"{key} holds NaN or infinite numbers; train or save it again")
+    return tensor

@@ -1,0 +1,205 @@
+"""A `transformers` model folder into a `Backbone`: config, fp32 weights under our names, pooling, fingerprint.
+
+config.json is read as data, never through AutoModel, so no code of a checkpoint can run. What would change the
+function and is not implemented (relative key positions, cross attention, decoders, ...) is refused by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vbert.config import ACTIVATIONS, MODEL_TYPES, EncoderConfig
+from vbert.errors import CorruptFile, RefusedCheckpoint
+from vbert.formats.names import NAMES, weight_keys, weight_shapes
+from vbert.formats.tensors import read_json, read_tensors, weight_files
+from vbert.tenant import Dense, Head
+
+__all__ = ["Backbone", "fingerprint", "read_backbone", "read_config"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Backbone:
+    """One frozen encoder on the host.
+
+    weights: fp32, our names (`weight_shapes` lists them). name: served name unless the operator gives another.
+    embed_head: how the folder says sentences are pooled; mean where it says nothing. Always L2-normalised.
+    fingerprint: "sha256:<hex>" over config numbers and weights; tenants carry it.
+    """
+
+    config: EncoderConfig
+    weights: dict[str, Tensor]
+    name: str
+    embed_head: Head
+    fingerprint: str
+    folder: Path
+
+
+def read_backbone(folder: Path | str) -> Backbone:
+    """Read a folder with config.json and safetensors weights, with a task head (ignored) or without.
+
+    Raises: RefusedCheckpoint naming what cannot be honoured, CorruptFile for bad weights.
+    """
+    folder = Path(folder)
+    raw = read_json(folder / "config.json")
+    model_type = _checked_model_type(raw)
+    prefix = NAMES[model_type].prefix + "."
+    files = weight_files(folder)
+    tensors = read_tensors(files, lambda key: _in_base_model(key, prefix) and not key.endswith("position_ids"))
+    tensors = {_modern(key.removeprefix(prefix)): tensor for key, tensor in tensors.items()}
+    config = read_config(raw, has_pooler="pooler.dense.weight" in tensors)
+    weights = _named(config, tensors, folder)
+    name = str(raw.get("_name_or_path") or "").rstrip("/").split("/")[-1] or folder.resolve().name
+    return Backbone(
+        config=config,
+        weights=weights,
+        name=name,
+        embed_head=_embed_head(folder, config),
+        fingerprint=fingerprint(config, weights),
+        folder=folder,
+    )
+
+
+# What changes the function of an encoder and is not implemented: config key -> the values that are.
+_HONOURED: dict[str, tuple[Any, ...]] = {
+    "position_embedding_type": (None, "absolute"),
+    "is_decoder": (None, False),
+    "is_encoder_decoder": (None, False),
+    "add_cross_attention": (None, False),
+    "pruned_heads": (None, {}),
+    "quantization_config": (None,),
+    "auto_map": (None,),
+}
+
+
+def _checked_model_type(raw: dict[str, Any]) -> str:
+    model_type = str(raw.get("model_type"))
+    if model_type not in MODEL_TYPES:
+        raise RefusedCheckpoint(f"model_type {model_type!r} is not served; one of {', '.join(MODEL_TYPES)} is")
+    for key, values in _HONOURED.items():
+        if raw.get(key) not in values:
+            raise RefusedCheckpoint(
+                f"{key} {raw[key]!r} in config.json is not served, only {values[-1]!r} is; use a plain "
+                f"{model_type} encoder",
+                param=key,
+            )
+    return model_type
+
+
+def read_config(raw: dict[str, Any], *, has_pooler: bool) -> EncoderConfig:
+    """`EncoderConfig` of a config.json. Defaults are those of the `transformers` config classes."""
+    model_type = _checked_model_type(raw)
+    distilbert, mpnet = model_type == "distilbert", model_type == "mpnet"
+    pad_token_id = raw.get("pad_token_id", 0 if model_type in ("bert", "distilbert") else 1)
+    offset = {"roberta": (pad_token_id or 0) + 1, "xlm-roberta": (pad_token_id or 0) + 1, "mpnet": 2}.get(model_type, 0)
+    return EncoderConfig(
+        model_type=model_type,
+        num_layers=_number(raw, "n_layers" if distilbert else "num_hidden_layers"),
+        hidden_size=_number(raw, "dim" if distilbert else "hidden_size"),
+        num_heads=_number(raw, "n_heads" if distilbert else "num_attention_heads"),
+        ffn_size=_number(raw, "hidden_dim" if distilbert else "intermediate_size"),
+        vocab_size=_number(raw, "vocab_size"),
+        max_length=_number(raw, "max_position_embeddings") - offset,
+        type_vocab_size=0 if distilbert or mpnet else int(raw.get("type_vocab_size", 2)),
+        layer_norm_eps=1e-12 if distilbert else float(raw.get("layer_norm_eps", 1e-12)),
+        activation=_activation(raw.get("activation" if distilbert else "hidden_act", "gelu")),
+        pad_token_id=pad_token_id or 0,
+        position_offset=offset,
+        relative_buckets=int(raw.get("relative_attention_num_buckets", 32)) if mpnet else 0,
+        has_pooler=has_pooler,
+    )
+
+
+def _number(raw: dict[str, Any], key: str) -> int:
+    value = raw.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise RefusedCheckpoint(f"{key} is {value!r} in config.json, a whole number above 0 belongs there", param=key)
+    return value
+
+
+def _activation(name: str) -> str:
+    name = {"swish": "silu", "linear": "identity"}.get(name, name)
+    if name not in ACTIVATIONS:
+        raise RefusedCheckpoint(f"activation {name!r} is not served; one of {', '.join(ACTIVATIONS)} is")
+    return name
+
+
+def _in_base_model(key: str, prefix: str) -> bool:
+    return key.startswith((prefix, "embeddings.", "encoder.", "transformer.", "pooler."))
+
+
+def _modern(key: str) -> str:
+    """Checkpoints converted from TensorFlow call a LayerNorm's weight gamma and its bias beta."""
+    return key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+
+
+def _named(config: EncoderConfig, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    keys, shapes = weight_keys(config), weight_shapes(config)
+    if unknown := sorted(tensors.keys() - set(keys.values())):
+        raise RefusedCheckpoint(f"{folder} holds {unknown[0]}, which a {config.model_type} encoder does not use")
+    weights = {}
+    for name, key in keys.items():
+        if key not in tensors:
+            raise CorruptFile(f"{folder} lacks the weight {key}; save the whole model again")
+        if tuple(tensors[key].shape) != shapes[name]:
+            raise CorruptFile(f"{key} has shape {tuple(tensors[key].shape)}, config.json asks for {shapes[name]}")
+        weights[name] = tensors[key].contiguous()
+    return weights
+
+
+def fingerprint(config: EncoderConfig, weights: dict[str, Tensor]) -> str:
+    """Identity of a backbone's function: equal numbers and weights, equal fingerprint, wherever the folder lies."""
+    # Fields are listed: a field added to EncoderConfig later must not orphan every stored tenant.
+    fields = ("model_type", "num_heads", "layer_norm_eps", "activation", "position_offset")
+    digest = hashlib.sha256(json.dumps([getattr(config, field) for field in fields]).encode())
+    for name in sorted(weights):
+        tensor = weights[name].detach().to(device="cpu", dtype=torch.float32).contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.numpy().data)
+    return f"sha256:{digest.hexdigest()}"
+
+
+_POOLINGS = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
+_DENSE_ACTIVATIONS = {"Tanh": "tanh", "Identity": "identity", "ReLU": "relu", "GELU": "gelu"}
+
+
+def _embed_head(folder: Path, config: EncoderConfig) -> Head:
+    """The head that modules.json of a sentence-transformers folder describes; mean pooling where there is none."""
+    pooling, layers = "mean", []
+    modules = read_json(folder / "modules.json") if (folder / "modules.json").is_file() else []
+    for module in modules:
+        kind = str(module["type"]).split(".")[-1]
+        if kind == "Pooling":
+            pooling = _pooling(read_json(folder / module["path"] / "config.json"))
+        elif kind == "Dense":
+            layers.append(_projection(folder / module["path"]))
+        elif kind not in ("Transformer", "Normalize"):
+            raise RefusedCheckpoint(f"module {kind} in modules.json is not served; Pooling, Dense and Normalize are")
+    return Head(kind="embed", pooling=pooling, layers=tuple(layers), normalise=True)
+
+
+def _pooling(raw: dict[str, Any]) -> str:
+    # sentence-transformers 5.x writes {"pooling_mode": "mean"} beside or instead of the older flags.
+    chosen = [_POOLINGS.get(key, key) for key, on in raw.items() if key.startswith("pooling_mode_") and on is True]
+    chosen = chosen or [str(raw.get("pooling_mode", "mean"))]
+    if len(chosen) != 1 or chosen[0] not in _POOLINGS.values():
+        raise RefusedCheckpoint(f"pooling {' + '.join(chosen)} is not served; cls or mean is", param="pooling_mode")
+    return chosen[0]
+
+
+def _projection(folder: Path) -> Dense:
+    activation = str(read_json(folder / "config.json").get("activation_function", "Identity")).split(".")[-1]
+    if activation not in _DENSE_ACTIVATIONS:
+        raise RefusedCheckpoint(f"activation {activation} of {folder.name} is not served; Tanh or Identity is")
+    tensors = read_tensors(weight_files(folder))
+    return Dense(
+        weight=tensors["linear.weight"],
+        bias=tensors.get("linear.bias"),
+        activation=_DENSE_ACTIVATIONS[activation],
+    )
