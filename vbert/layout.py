@@ -149,7 +149,7 @@ def pack(deltas: Sequence[Delta]) -> dict[str, tuple[SlotLayout, Tensor]]:
 def unpack(
     layout: SlotLayout, data: Tensor, indices: Tensor | None = None, row_starts: Tensor | None = None
 ) -> list[Delta]:
-    """The deltas of one kind, as views of `data` [numel]. Sparse: `indices` [numel] and `row_starts`, as in the file."""
+    """The deltas of one kind, views of `data` [numel]. Sparse: `indices` [numel] and `row_starts`, as in the file."""
     deltas: list[Delta] = []
     cursor = 0
     for (layer, site, variant), parts in layout.sites().items():
@@ -161,7 +161,8 @@ def unpack(
         elif layout.kind == "affine":
             deltas.append((Norm if site in NORM_SITES else Affine)(layer=layer, site=site, **views))
         else:
-            assert indices is not None and row_starts is not None
+            assert indices is not None
+            assert row_starts is not None
             e = parts["values"]
             # the starts of one site end where they reach its nnz; the file stores them one site after the other
             count = int(variant) + 1

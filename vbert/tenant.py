@@ -34,7 +34,9 @@ HEAD_KINDS = ("classify", "token_classify", "embed", "rerank")
 # in-tap and out-tap of a bottleneck around a sub-layer. `input`: what enters the sub-layer; `output`: what leaves
 # it, before residual and LayerNorm; `normed`: LayerNorm(output + residual), read only; `after`: after the LayerNorm.
 BOTTLENECK_SITES = tuple(
-    f"{sub}.{taps}" for sub in ("attn", "ffn") for taps in ("output>output", "normed>output", "input>output", "after>after")
+    f"{sub}.{taps}"
+    for sub in ("attn", "ffn")
+    for taps in ("output>output", "normed>output", "input>output", "after>after")
 )
 
 
@@ -50,7 +52,7 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bottleneck:
-    """out += act(in D + d) U + e, `in` and `out` being the taps of `site`. The scale is already in `up` and `up_bias`."""
+    """out += act(in D + d) U + e, `in` and `out` the taps of `site`. The scale is already in `up` and `up_bias`."""
 
     layer: int
     site: str  # one of BOTTLENECK_SITES

@@ -1,0 +1,234 @@
+"""Memory of resident tenant modules: slots of equal shape, one arena class per slot layout.
+
+Loading takes a free slot and never allocates; releasing gives it back and never fragments, and its whole pages go back
+to the operating system, so what is not used costs address space only. The arena moves bytes and keeps owners; which
+tenant stays is decided elsewhere. `reserve` and `release` are called from one thread, `fill` from any.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vbert.checkpoint import TenantHeader, check_sparse, load_tensors, parse_header, read_head, read_self_tests
+from vbert.config import EncoderConfig
+from vbert.errors import CorruptFile, ShapeError
+from vbert.layout import SlotLayout
+from vbert.tenant import Head, SelfTest
+
+__all__ = ["Arena", "ArenaClass", "Reservation", "ResidentTenant"]
+
+_MAX_SLOTS = 1 << 20
+_NORESERVE = 0x4000  # MAP_NORESERVE on Linux; the mmap module names it from Python 3.13 on
+
+
+class ArenaClass:
+    """All slots of one layout. `at[layer, site]`: (variant, part -> [P, *shape] view) of every slot.
+
+    Sparse parts are `row_starts` [P, H_in + 1] (absolute in the slot), `columns` and `values` [P, N].
+    """
+
+    def __init__(self, layout: SlotLayout, width: int, dtype: torch.dtype, max_bytes: int) -> None:
+        self.kind, self.layout, self.width = layout.kind, layout, width
+        self.num_starts = sum(int(e.variant) + 1 for e in layout.entries) if layout.kind == "sparse" else 0
+        self.slot_bytes = slot_bytes(layout, dtype)
+        num_slots = max(1, min(_MAX_SLOTS, max_bytes // self.slot_bytes))
+        self._maps: list[tuple[mmap.mmap, int]] = []
+        self.values = self._allocate(num_slots, width, dtype)
+        self.columns = self._allocate(num_slots, width, torch.int32) if self.num_starts else None
+        self.row_starts = self._allocate(num_slots, self.num_starts, torch.int32) if self.num_starts else None
+        self.at = self._views()
+        self.owners: dict[int, str] = {}
+        self._free: list[int] = []
+        self._untouched = 0
+
+    @property
+    def num_slots(self) -> int:
+        return self.values.shape[0]
+
+    def take(self, digest: str) -> int | None:
+        """The lowest free slot, now owned by `digest`; None when all are owned."""
+        if self._free:
+            slot = heapq.heappop(self._free)
+        elif self._untouched < self.num_slots:
+            slot, self._untouched = self._untouched, self._untouched + 1
+        else:
+            return None
+        self.owners[slot] = digest
+        return slot
+
+    def give_back(self, slot: int) -> None:
+        """The slot is free again, and the pages that only it used are returned to the system."""
+        del self.owners[slot]
+        for memory, row_bytes in self._maps:
+            first = -(-slot * row_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+            last = (slot + 1) * row_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+            if last > first:
+                memory.madvise(mmap.MADV_DONTNEED, first, last - first)
+        heapq.heappush(self._free, slot)
+
+    def fill(self, slot: int, layout: SlotLayout, tensors: Mapping[str, Tensor]) -> None:
+        """Copy a native file's tensors into the slot. `layout` is the file's; a sparse one may be shorter."""
+        self.values[slot, : layout.numel].copy_(tensors[f"delta.{layout.kind}"])
+        if self.columns is not None and self.row_starts is not None:
+            self.columns[slot, : layout.numel].copy_(tensors["delta.sparse.columns"])
+            offsets = [torch.full((int(e.variant) + 1,), e.offset, dtype=torch.int32) for e in layout.entries]
+            torch.add(tensors["delta.sparse.row_starts"], torch.cat(offsets), out=self.row_starts[slot])
+
+    def _allocate(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        row_bytes = columns * dtype.itemsize
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
+        memory = mmap.mmap(-1, rows * row_bytes, flags=flags)
+        self._maps.append((memory, row_bytes))
+        return torch.frombuffer(memory, dtype=dtype).view(rows, columns)
+
+    def _views(self) -> dict[tuple[int, str], tuple[str, dict[str, Tensor]]]:
+        at: dict[tuple[int, str], tuple[str, dict[str, Tensor]]] = {}
+        cursor = 0
+        for (layer, site, variant), parts in self.layout.sites().items():
+            if self.columns is None or self.row_starts is None:
+                views = {
+                    part: self.values[:, e.offset : e.offset + e.numel].view(-1, *e.shape) for part, e in parts.items()
+                }
+            else:
+                starts = self.row_starts[:, cursor : cursor + int(variant) + 1]
+                cursor += int(variant) + 1
+                views = {"row_starts": starts, "columns": self.columns, "values": self.values}
+            at[layer, site] = (variant, views)
+        return at
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reservation:
+    """Slots taken for a tenant that is not loaded yet. `num_bytes` counts slots and head."""
+
+    digest: str
+    header: TenantHeader
+    slots: tuple[tuple[ArenaClass, int], ...]
+    num_bytes: int
+    bytes_by_kind: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ResidentTenant:
+    """A tenant version in memory, ready to be named in a batch. `owned` says whether its slots are still its own."""
+
+    reservation: Reservation
+    head: Head
+    self_tests: tuple[SelfTest, ...] = field(repr=False)
+
+    @property
+    def digest(self) -> str:
+        return self.reservation.digest
+
+    @property
+    def header(self) -> TenantHeader:
+        return self.reservation.header
+
+    @property
+    def slots(self) -> tuple[tuple[ArenaClass, int], ...]:
+        return self.reservation.slots
+
+    @property
+    def num_bytes(self) -> int:
+        return self.reservation.num_bytes
+
+    def owned(self) -> bool:
+        """Whether every slot still belongs to this digest. A batch asks before and after it ran."""
+        return all(arena_class.owners.get(slot) == self.digest for arena_class, slot in self.slots)
+
+
+class Arena:
+    """All classes of one device. `max_bytes` bounds each class's address space, not what is resident."""
+
+    def __init__(self, config: EncoderConfig, fingerprint: str, dtype: torch.dtype, max_bytes: int) -> None:
+        self._config, self._fingerprint, self._dtype, self._max_bytes = config, fingerprint, dtype, max_bytes
+        self._classes: dict[str, ArenaClass] = {}
+
+    def num_bytes(self, header: TenantHeader) -> int:
+        """Bytes the tenant will hold while resident: its slots, and its head in float32."""
+        return sum(self._bytes_by_kind(header).values())
+
+    def reserve(self, header: TenantHeader, digest: str) -> Reservation | None:
+        """Take a slot in each class the tenant uses; None when a class has no free slot. No I/O.
+
+        Raises WrongBackbone, CorruptFile when the header does not fit this backbone.
+        """
+        header.check(self._config, self._fingerprint)
+        taken: list[tuple[ArenaClass, int]] = []
+        for layout in header.layouts.values():
+            arena_class = self._class_of(layout)
+            slot = arena_class.take(digest)
+            if slot is None:
+                for other, other_slot in taken:
+                    other.give_back(other_slot)
+                return None
+            taken.append((arena_class, slot))
+        by_kind = self._bytes_by_kind(header)
+        return Reservation(
+            digest=digest, header=header, slots=tuple(taken), num_bytes=sum(by_kind.values()), bytes_by_kind=by_kind
+        )
+
+    def fill(self, reservation: Reservation, path: str | Path) -> ResidentTenant:
+        """Read the native file into the reserved slots. Blocking. The caller releases the reservation if this raises.
+
+        Raises CorruptFile when the bytes are not those of the digest, or not finite, or point outside a matrix.
+        """
+        data = Path(path).read_bytes()
+        if hashlib.sha256(data).hexdigest() != reservation.digest:
+            raise CorruptFile(f"the stored file of {reservation.digest[:12]} was altered or cut; add the tenant again")
+        header = parse_header(data)
+        tensors = load_tensors(data)
+        for (arena_class, slot), layout in zip(reservation.slots, header.layouts.values(), strict=True):
+            if layout.kind == "sparse":
+                check_sparse(layout, tensors["delta.sparse.columns"], tensors["delta.sparse.row_starts"], self._config)
+            arena_class.fill(slot, layout, tensors)
+        head = read_head(header, {name: tensor.clone() for name, tensor in tensors.items() if name.startswith("head.")})
+        return ResidentTenant(reservation=reservation, head=head, self_tests=read_self_tests(header, tensors))
+
+    def release(self, tenant: ResidentTenant | Reservation) -> None:
+        """Give the slots back. The caller knows that no batch uses them."""
+        for arena_class, slot in tenant.slots:
+            if arena_class.owners.get(slot) != tenant.digest:
+                raise ShapeError(f"slot {slot} of {arena_class.kind} is not owned by {tenant.digest[:12]}")
+            arena_class.give_back(slot)
+
+    def _class_of(self, layout: SlotLayout) -> ArenaClass:
+        key, width = _class_key(layout)
+        if key not in self._classes:
+            self._classes[key] = ArenaClass(layout, width, self._dtype, self._max_bytes)
+        return self._classes[key]
+
+    def _bytes_by_kind(self, header: TenantHeader) -> dict[str, int]:
+        by_kind = {kind: slot_bytes(layout, self._dtype) for kind, layout in header.layouts.items()}
+        by_kind["head"] = sum((out + out * into) * 4 for out, into in header.layer_shapes)
+        return by_kind
+
+
+def slot_bytes(layout: SlotLayout, dtype: torch.dtype) -> int:
+    """Bytes of one slot: values in the compute dtype; for sparse also the 32-bit columns and row starts."""
+    _, width = _class_key(layout)
+    if layout.kind != "sparse":
+        return width * dtype.itemsize
+    return width * (dtype.itemsize + 4) + 4 * sum(int(e.variant) + 1 for e in layout.entries)
+
+
+def _class_key(layout: SlotLayout) -> tuple[str, int]:
+    """Which class a layout belongs to, and its slot width in numbers.
+
+    Sparse tenants never have the same number of non-zeros, so theirs is rounded up to 1, 1.25, 1.5 or 1.75 times a
+    power of two: at most a quarter of a slot is unused, and tenants of one method share a class.
+    """
+    if layout.kind != "sparse":
+        return layout.key, layout.numel
+    step = max(16, 1 << max(0, layout.numel.bit_length() - 3))
+    width = -(-layout.numel // step) * step
+    sites = ",".join(f"{e.layer}.{e.site}.{e.variant}" for e in layout.entries)
+    return f"sparse:{width}:{hashlib.sha256(sites.encode()).hexdigest()[:16]}", width

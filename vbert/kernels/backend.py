@@ -1,0 +1,25 @@
+"""Which implementation of an operator runs. A missing backend is an error; nothing falls back in silence."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from torch import Tensor
+
+from vbert.errors import KernelUnavailable
+
+__all__ = ["Backend", "pick"]
+
+
+class Backend(Enum):
+    REFERENCE = "reference"  # the docstring equation, loops welcome, any device
+    CPU = "cpu"
+
+
+def pick(backend: Backend | None, tensor: Tensor) -> Backend:
+    """The backend to use for a tensor: the one asked for, or the one of its device."""
+    if backend is not None:
+        return backend
+    if tensor.device.type != "cpu":
+        raise KernelUnavailable(f"no operator runs on {tensor.device.type!r} yet; use device='cpu'")
+    return Backend.CPU

@@ -1,0 +1,70 @@
+"""Operator: each tenant's scale and shift of its own rows of a packed batch."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+from torch import Tensor
+
+from vbert.batch import Segments
+from vbert.errors import ShapeError
+from vbert.kernels.backend import Backend, pick
+from vbert.kernels.bf16 import as_array, load, store
+
+__all__ = ["segmented_affine"]
+
+
+def segmented_affine(
+    rows: Tensor,
+    scale_slots: Tensor | None,
+    shift_slots: Tensor | None,
+    segments: Segments,
+    *,
+    out: Tensor,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Scale and shift each tenant's own rows; rows of nobody stay as they are in `out`.
+
+    For segment s with rows i:j and slot p: out[i:j] = rows[i:j] * scale_slots[p] + shift_slots[p]
+
+    Args:
+        rows: [T, H] float32 or bfloat16; may be `out` itself.  out: [T, H], may be columns of a wider tensor.
+        scale_slots, shift_slots: [P, H] strided views of the arena; None: not there. At least one is given.
+    Returns: `out`. Raises: ShapeError, KernelUnavailable.
+    Source: IA3, Liu et al. 2022, arXiv:2205.05638; BitFit, Ben Zaken et al. 2021, arXiv:2106.10199.
+    """
+    given = [slots for slots in (scale_slots, shift_slots) if slots is not None]
+    if not given or any(slots.shape[1] != rows.shape[1] for slots in given) or rows.shape != out.shape:
+        raise ShapeError(f"slots {[list(g.shape) for g in given]} do not fit {list(rows.shape)} -> {list(out.shape)}")
+    if pick(backend, rows) is Backend.REFERENCE:
+        return reference(rows, scale_slots, shift_slots, segments, out)
+    scale, shift = (as_array(given[0] if slots is None else slots) for slots in (scale_slots, shift_slots))
+    args = (as_array(rows), scale, shift, segments.rows.numpy(), segments.row_slots, as_array(out))
+    _cpu(*args, scale_slots is not None, shift_slots is not None)
+    return out
+
+
+def reference(
+    rows: Tensor, scale_slots: Tensor | None, shift_slots: Tensor | None, segments: Segments, out: Tensor
+) -> Tensor:
+    for p, i, j in zip(segments.slot, segments.start, segments.stop, strict=True):
+        y = rows[i:j].float()
+        y = y if scale_slots is None else y * scale_slots[p].float()
+        out[i:j] = (y if shift_slots is None else y + shift_slots[p].float()).to(out.dtype)
+    return out
+
+
+@numba.njit(parallel=True, nogil=True, cache=True, fastmath={"contract"})
+def _cpu(rows, scale, shift, row_of, slot_of, out, has_scale, has_shift):  # type: ignore[no-untyped-def]
+    one, zero = np.float32(1.0), np.float32(0.0)
+    for n in numba.prange(len(row_of)):
+        t, p = row_of[n], slot_of[n]
+        if has_scale and has_shift:
+            for h in range(out.shape[1]):
+                store(out, t, h, load(rows[t, h]) * load(scale[p, h]) + load(shift[p, h]))
+        elif has_scale:
+            for h in range(out.shape[1]):
+                store(out, t, h, load(rows[t, h]) * load(scale[p, h]) + zero)
+        else:
+            for h in range(out.shape[1]):
+                store(out, t, h, load(rows[t, h]) * one + load(shift[p, h]))

@@ -1,0 +1,68 @@
+"""Operator: each tenant's bottleneck adapter on its own rows of a packed batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vbert.activations import activate
+from vbert.batch import Segments
+from vbert.errors import ShapeError
+from vbert.kernels.backend import Backend, pick
+
+__all__ = ["segmented_bottleneck"]
+
+
+def segmented_bottleneck(
+    hidden: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+    up: Tensor,
+    up_bias: Tensor,
+    segments: Segments,
+    *,
+    activation: str,
+    out: Tensor,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Add each tenant's bottleneck output to its own rows.
+
+    For segment s with rows i:j and slot p: out[i:j] += act(hidden[i:j] @ down[p] + down_bias[p]) @ up[p] + up_bias[p]
+
+    Args:
+        hidden: [T, H] float32 or bfloat16; may be `out` itself.  out: [T, H], updated in place.
+        down: [P, H, R], down_bias: [P, R], up: [P, R, H], up_bias: [P, H]: strided views of the arena.
+    Returns: `out`. Raises: ShapeError, KernelUnavailable.
+    Source: Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2007.07779; He et al. 2021,
+    arXiv:2110.04366.
+    """
+    if down.shape[1] != hidden.shape[1] or up.shape[1:] != (down.shape[2], out.shape[1]):
+        raise ShapeError(
+            f"down {list(down.shape)} and up {list(up.shape)} do not fit {list(hidden.shape)} -> {list(out.shape)}"
+        )
+    if pick(backend, hidden) is Backend.REFERENCE:
+        return reference(hidden, down, down_bias, up, up_bias, segments, activation, out)
+    slots = segments.chunk_slots
+    narrow = torch.baddbmm(
+        down_bias.index_select(0, slots).unsqueeze(1), segments.take(hidden), down.index_select(0, slots)
+    )
+    narrow = activate(narrow, activation)
+    update = torch.baddbmm(up_bias.index_select(0, slots).unsqueeze(1), narrow, up.index_select(0, slots))
+    segments.add_(out, update)
+    return out
+
+
+def reference(
+    hidden: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+    up: Tensor,
+    up_bias: Tensor,
+    segments: Segments,
+    activation: str,
+    out: Tensor,
+) -> Tensor:
+    for p, i, j in zip(segments.slot, segments.start, segments.stop, strict=True):
+        narrow = activate(hidden[i:j].float() @ down[p].float() + down_bias[p].float(), activation)
+        out[i:j] += (narrow @ up[p].float() + up_bias[p].float()).to(out.dtype)
+    return out

@@ -1,0 +1,197 @@
+"""The dense reference: what a tenant computes, written a second time, plainly.
+
+One sequence at a time, fp32, deltas merged into dense weights, no segments, slots or packing. It shares no code with
+the packed encoder, so that an error in either shows as a difference. Correct first, never fast.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vbert.config import EMBEDDING_LAYER, EncoderConfig
+from vbert.errors import ShapeError
+from vbert.formats.transformers_folder import Backbone
+from vbert.tenant import Affine, Bottleneck, Delta, Head, LowRank, Norm, Sparse, TenantModule
+
+__all__ = ["dense_forward", "dense_hidden", "merge"]
+
+Weights = dict[str, Tensor]
+Ids = Tensor | Sequence[int]
+
+_ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "identity": lambda x: x,
+}
+
+
+@torch.no_grad()
+def dense_forward(backbone: Backbone, module: TenantModule | None, token_ids: Ids, type_ids: Ids) -> Tensor:
+    """The head's output for one sequence, before softmax or sigmoid; of the backbone's embed head without a module.
+
+    Args: token_ids, type_ids: [n].
+    Returns: fp32 [C]; [n, C] where the head pools nothing; [D] for an embedding, normalised if the head says so.
+    Raises: ShapeError when the sequence is longer than the backbone or the ids and types differ in length.
+    """
+    hidden = dense_hidden(backbone, module, token_ids, type_ids)
+    return _head(backbone.embed_head if module is None else module.head, hidden, backbone.weights)
+
+
+@torch.no_grad()
+def dense_hidden(backbone: Backbone, module: TenantModule | None, token_ids: Ids, type_ids: Ids) -> Tensor:
+    """Last hidden states [n, H] fp32 of one sequence of n tokens."""
+    config = backbone.config
+    ids, types = torch.as_tensor(token_ids).long(), torch.as_tensor(type_ids).long()
+    if ids.dim() != 1 or ids.shape != types.shape or not 0 < len(ids) <= config.max_length:
+        raise ShapeError(f"ids {tuple(ids.shape)}, types {tuple(types.shape)}: give [n], n in 1..{config.max_length}")
+    deltas = () if module is None else module.deltas
+    weights = merge(backbone.weights, deltas)
+    hidden = _embed(config, weights, ids, types)
+    bias = _relative_bias(config, weights, len(ids))
+    for i in range(config.num_layers):
+        adapters = [delta for delta in deltas if isinstance(delta, Bottleneck) and delta.layer == i]
+        hidden = _layer(config, _layer_weights(weights, i), adapters, hidden, bias)
+    return hidden
+
+
+def merge(weights: Weights, deltas: Iterable[Delta]) -> Weights:
+    """Dense weights of the tenant: every delta but bottlenecks folded in. The given tensors are not changed.
+
+    At one linear: W' = diag(scale) (W + (A B)^T + S^T) diag(input_scale), b' = scale * b + shift.
+    """
+    merged = dict(weights)
+    # Scales act on the sum of the others, whatever the order of the deltas.
+    for delta in sorted(deltas, key=lambda delta: isinstance(delta, Affine)):
+        if isinstance(delta, Bottleneck):
+            continue
+        name = "emb_norm" if delta.layer == EMBEDDING_LAYER else f"layers.{delta.layer}.{delta.site}"
+        weight, bias = merged[f"{name}.weight"], merged[f"{name}.bias"]
+        if isinstance(delta, LowRank):
+            weight = weight + (delta.a.float() @ delta.b.float()).T
+        elif isinstance(delta, Sparse):
+            weight = weight + _dense(delta, weight.shape[0]).T
+        elif isinstance(delta, Norm):
+            weight, bias = delta.weight.float(), delta.bias.float()
+        else:
+            weight, bias = _scaled(delta, weight, bias)
+        merged[f"{name}.weight"], merged[f"{name}.bias"] = weight, bias
+    return merged
+
+
+def _dense(delta: Sparse, width: int) -> Tensor:
+    """[H_in, H_out] of compressed rows."""
+    counts = delta.row_starts.long().diff()
+    rows = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    dense = torch.zeros(len(counts), width)
+    return dense.index_put_((rows, delta.columns.long()), delta.values.float(), accumulate=True)
+
+
+def _scaled(delta: Affine, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    if delta.input_scale is not None:
+        weight = weight * delta.input_scale.float()
+    if delta.scale is not None:
+        weight, bias = weight * delta.scale.float()[:, None], bias * delta.scale.float()
+    if delta.shift is not None:
+        bias = bias + delta.shift.float()
+    return weight, bias
+
+
+def _layer_weights(weights: Weights, layer: int) -> Weights:
+    prefix = f"layers.{layer}."
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+
+
+def _embed(config: EncoderConfig, weights: Weights, ids: Tensor, types: Tensor) -> Tensor:
+    positions = torch.arange(len(ids))
+    if config.position_offset:
+        # RoBERTa and MPNet count only what is not padding; a pad token inside a text keeps the padding position.
+        padding = config.position_offset - 1
+        real = (ids != padding).long()
+        positions = real.cumsum(0) * real + padding
+    rows = weights["word_embeddings"][ids] + weights["position_embeddings"][positions]
+    if "type_embeddings" in weights:
+        rows = rows + weights["type_embeddings"][types]
+    return _norm(config, weights, "emb_norm", rows)
+
+
+def _norm(config: EncoderConfig, weights: Weights, name: str, rows: Tensor) -> Tensor:
+    return F.layer_norm(
+        rows, rows.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], config.layer_norm_eps
+    )
+
+
+def _linear(weights: Weights, name: str, rows: Tensor) -> Tensor:
+    return rows @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+
+def _layer(
+    config: EncoderConfig, weights: Weights, adapters: list[Bottleneck], hidden: Tensor, bias: Tensor | float
+) -> Tensor:
+    attended = _linear(weights, "attn_out", _attention(config, weights, hidden, bias))
+    hidden = _sub_layer(config, weights, adapters, "attn", hidden, attended)
+    wide = _ACTIVATIONS[config.activation](_linear(weights, "ffn_up", hidden))
+    return _sub_layer(config, weights, adapters, "ffn", hidden, _linear(weights, "ffn_down", wide))
+
+
+def _attention(config: EncoderConfig, weights: Weights, hidden: Tensor, bias: Tensor | float) -> Tensor:
+    """[n, H] -> [n, H], before the output projection. bias: [A, n, n], added to the scores."""
+    q, k, v = (
+        _linear(weights, site, hidden).view(-1, config.num_heads, config.head_size).transpose(0, 1)
+        for site in ("q", "k", "v")
+    )
+    scores = q @ k.transpose(1, 2) / math.sqrt(config.head_size) + bias  # [A, n, n]
+    return (scores.softmax(-1) @ v).transpose(0, 1).reshape(hidden.shape)
+
+
+def _sub_layer(
+    config: EncoderConfig, weights: Weights, adapters: list[Bottleneck], sub: str, residual: Tensor, output: Tensor
+) -> Tensor:
+    """Residual and LayerNorm of a sub-layer. Each bottleneck reads its tap as it is without the other ones."""
+    taps = {"input": residual, "output": output, "normed": _norm(config, weights, f"{sub}_norm", output + residual)}
+    for adapter in adapters:
+        where, tap = adapter.site.split(".")
+        if where == sub and tap.endswith(">output"):
+            output = output + _bottleneck(adapter, taps[tap.split(">")[0]])
+    after = _norm(config, weights, f"{sub}_norm", output + residual)
+    extra = [_bottleneck(adapter, after) for adapter in adapters if adapter.site == f"{sub}.after>after"]
+    return after + sum(extra, torch.zeros(()))
+
+
+def _bottleneck(adapter: Bottleneck, rows: Tensor) -> Tensor:
+    inner = _ACTIVATIONS[adapter.activation](rows @ adapter.down.float() + adapter.down_bias.float())
+    return inner @ adapter.up.float() + adapter.up_bias.float()
+
+
+def _relative_bias(config: EncoderConfig, weights: Weights, length: int) -> Tensor | float:
+    """MPNet's bias on attention scores, [A, n, n]: half of the buckets for each direction, the nearer half of those
+    exact, the rest logarithmic up to a distance of 128 (Raffel et al. 2020, arXiv:1910.10683)."""
+    if not config.relative_buckets:
+        return 0.0
+    half, exact = config.relative_buckets // 2, config.relative_buckets // 4
+    distance = torch.arange(length)[None, :] - torch.arange(length)[:, None]  # key - query
+    far = distance.abs().clamp(min=1).float()
+    spread = exact + (torch.log(far / exact) / math.log(128 / exact) * (half - exact)).long()
+    bucket = torch.where(distance.abs() < exact, distance.abs(), spread.clamp(max=half - 1))
+    return weights["relative_attention_bias"][bucket + half * (distance > 0)].permute(2, 0, 1)
+
+
+def _head(head: Head, hidden: Tensor, weights: Weights) -> Tensor:
+    rows = {"cls": hidden[0], "mean": hidden.mean(0), "none": hidden}[head.pooling]
+    if head.shared_pooler:
+        rows = torch.tanh(_linear(weights, "pooler", rows))
+    for layer in head.layers:
+        rows = _ACTIVATIONS[layer.activation](F.linear(rows, layer.weight.float(), _float(layer.bias)))
+    return F.normalize(rows, dim=-1) if head.kind == "embed" and head.normalise else rows
+
+
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float()
