@@ -7,7 +7,7 @@ the packed encoder, so that an error in either shows as a difference. Correct fi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ __all__ = ["dense_forward", "dense_hidden", "merge"]
 Weights = dict[str, Tensor]
 Ids = Tensor | Sequence[int]
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),

@@ -75,6 +75,7 @@ _HONOURED: dict[str, tuple[Any, ...]] = {
     "pruned_heads": (None, {}),
     "quantization_config": (None,),
     "auto_map": (None,),
+    "relative_attention_num_buckets": (None, 32),  # transformers computes with 32, whatever the config says
 }
 
 
@@ -111,7 +112,7 @@ def read_config(raw: dict[str, Any], *, has_pooler: bool) -> EncoderConfig:
         activation=_activation(raw.get("activation" if distilbert else "hidden_act", "gelu")),
         pad_token_id=pad_token_id or 0,
         position_offset=offset,
-        relative_buckets=int(raw.get("relative_attention_num_buckets", 32)) if mpnet else 0,
+        relative_buckets=32 if mpnet else 0,
         has_pooler=has_pooler,
     )
 
