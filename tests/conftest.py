@@ -1,0 +1,22 @@
+"""What every test needs: one thread, no network, and GPU tests that say why they did not run."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch, numba and transformers read them. Tiny tensors are faster on one thread, and two cores are shared.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("NUMBA_NUM_THREADS", "2")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))
