@@ -49,4 +49,6 @@ class EngineConfig:
             value = getattr(self, option_field.name)
             floor = 0 if option_field.name == "compute_threads" else 1e-9
             if isinstance(value, (int, float)) and not isinstance(value, bool) and value < floor:
-                raise ConfigError(f"{option_field.name} is {value}; it must be {'at least 0' if not floor else 'above 0'}")
+                raise ConfigError(
+                    f"{option_field.name} is {value}; it must be {'at least 0' if not floor else 'above 0'}"
+                )

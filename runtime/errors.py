@@ -1,17 +1,17 @@
 """Errors of serving: who must wait, and for how long. The root and the split are in vbert/errors.py.
 
-    Overloaded
-    |-- QueueFull           the caller's own share of the queue is full (HTTP 429)
-    |-- ServerFull          the whole queue is full (HTTP 503)
-    |-- Draining            the engine is stopping and takes nothing new (HTTP 503)
-    `-- DeadlineExceeded    the answer would come too late; the request was not computed, or not to the end (HTTP 504)
-    BadRequest
-    |-- RequestTooLarge     more inputs, tokens or bytes in one request than the limit (HTTP 413)
-    `-- InvalidTenantId     not [A-Za-z0-9][A-Za-z0-9._-]{0,127}, or the backbone's own name
-    VersionConflict         If-Match names another version than the active one (HTTP 409)
-    ModuleTooLarge          a tenant's module is larger than the whole module budget (HTTP 507)
-    StoreFull               the disk or the store's byte limit is full (HTTP 507)
-    ComputeFailed           the forward pass of a batch failed; nothing else is known to be wrong (HTTP 500)
+Overloaded
+|-- QueueFull           the caller's own share of the queue is full (HTTP 429)
+|-- ServerFull          the whole queue is full (HTTP 503)
+|-- Draining            the engine is stopping and takes nothing new (HTTP 503)
+`-- DeadlineExceeded    the answer would come too late; the request was not computed, or not to the end (HTTP 504)
+BadRequest
+|-- RequestTooLarge     more inputs, tokens or bytes in one request than the limit (HTTP 413)
+`-- InvalidTenantId     not [A-Za-z0-9][A-Za-z0-9._-]{0,127}, or the backbone's own name
+VersionConflict         If-Match names another version than the active one (HTTP 409)
+ModuleTooLarge          a tenant's module is larger than the whole module budget (HTTP 507)
+StoreFull               the disk or the store's byte limit is full (HTTP 507)
+ComputeFailed           the forward pass of a batch failed; nothing else is known to be wrong (HTTP 500)
 """
 
 from __future__ import annotations

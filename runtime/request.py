@@ -22,6 +22,7 @@ __all__ = [
     "RerankResult",
     "Result",
     "ScoreResult",
+    "Served",
     "Slice",
     "TenantKey",
     "Timings",
@@ -43,6 +44,31 @@ class TenantKey:
     tenant: str
     version: int
     digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What one tenant version serves, fixed at admission like its key.
+
+    task: kind of its head. kinds: delta kinds of its module. max_length: tokens of one input, of the tenant if it has a
+    limit of its own (`own_limit`), else of the backbone.
+    """
+
+    key: TenantKey
+    task: str
+    problem: str
+    labels: tuple[str, ...]
+    kinds: tuple[str, ...]
+    max_length: int
+    own_limit: bool
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """What it can be asked for. A classifier with two labels, or one number, may also judge pairs."""
+        if self.task == "rerank":
+            return ("rerank", "score")
+        one_score = (self.problem, len(self.labels)) in (("single_label", 2), ("regression", 1), ("regression", 0))
+        return (self.task, "rerank", "score") if self.task == "classify" and one_score else (self.task,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +143,10 @@ class ScoreResult(Result):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waiting:
-    """One admitted request as a policy sees it. `lengths`: tokens of each input still to run."""
+    """One admitted request as a policy sees it.
+
+    `lengths`: tokens of each input still to run; `first`: index of the first of them in the request.
+    """
 
     request_id: int
     key: TenantKey
@@ -125,6 +154,11 @@ class Waiting:
     arrival_s: float
     deadline_s: float | None
     lengths: tuple[int, ...]
+    first: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,142 @@
+"""The parts of a running engine, wired together once. Starts nothing by itself: runtime/engine.py does."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from runtime.clock import Clock
+from runtime.config import EngineConfig
+from runtime.dispatcher import CANARY, Dispatcher, Terms
+from runtime.health import Health
+from runtime.lanes import Lanes
+from runtime.loop import ServingLoop
+from runtime.manager import Manager
+from runtime.metrics import Metrics, MetricsSnapshot
+from runtime.parts import Parts
+from runtime.pipeline import Pipeline
+from runtime.scheduler import BatchPolicy
+from runtime.selftest import SelfTester
+from runtime.tenants import Tenants
+from vbert.errors import VbertError
+from vbert.selftest import check_outputs
+
+__all__ = ["Core"]
+
+_log = logging.getLogger(__name__)
+
+
+class Core:
+    """Made on the event loop. `spawn` starts a task that lives as long as the engine."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        parts: Parts,
+        lanes: Lanes,
+        *,
+        clock: Clock,
+        policy: BatchPolicy,
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+    ) -> None:
+        self.config, self.parts, self.lanes, self._clock = config, parts, lanes, clock
+        self._event = event = asyncio.Event()
+        self.metrics = metrics = Metrics()
+        self.pipeline = Pipeline(parts.model, lanes.compute, clock, metrics)
+        self.dispatcher = Dispatcher(
+            config=config,
+            tokenizer=parts.tokenizer,
+            lane=lanes.tokenizer,
+            serves=parts.serves,
+            is_ready=lambda digest: self.manager.is_ready(digest),
+            rate=lambda: self.pipeline.tokens_per_s(config.max_batch_tokens),
+            wake=event.set,
+            clock=clock,
+            metrics=metrics,
+        )
+        self_tester = SelfTester(
+            backbone=parts.backbone,
+            tokenizer=parts.tokenizer,
+            dtype=parts.model.dtype,
+            store=parts.store,
+            lane=lanes.loader,
+            replay=self.pipeline.replay,
+        )
+        self.manager = Manager(
+            arena=parts.arena,
+            budget_bytes=config.module_budget_bytes,
+            files=parts.store.blob_path,
+            verify=self_tester.verify,
+            listener=self.dispatcher,
+            lane=lanes.loader,
+            spawn=spawn,
+            wake=event.set,
+            clock=clock,
+            metrics=metrics,
+        )
+        self.loop = ServingLoop(
+            policy=policy,
+            dispatcher=self.dispatcher,
+            manager=self.manager,
+            pipeline=self.pipeline,
+            max_batch_tokens=config.max_batch_tokens,
+            event=event,
+            clock=clock,
+            metrics=metrics,
+        )
+        self.health = Health(
+            ask=self._ask_canary, waiting_since_s=self._waiting_since_s, loop_lag=metrics.loop_lag, clock=clock
+        )
+        self.tenants = Tenants(
+            config=config,
+            store=parts.store,
+            backbone=parts.backbone,
+            arena=parts.arena,
+            lanes=lanes,
+            reserved=parts.name,
+        )
+
+    async def look_after(self) -> None:
+        """Every few seconds a canary, and the files of removed tenants that nobody uses any more. Until cancelled."""
+        while True:
+            await asyncio.sleep(self.config.canary_interval_s)
+            await self.health.canary()
+            await self.collect_garbage()
+
+    async def collect_garbage(self) -> None:
+        if not self.tenants.removed:
+            return
+        try:
+            gone = await self.tenants.collect(self.dispatcher.live.keys() | self.manager.loading)
+        except VbertError as error:  # the disk is full, or another process writes: the next round tries again
+            _log.warning("the files of removed tenants could not be deleted: %s", error.message)
+            return
+        for digest in gone:
+            self.manager.drop(digest)
+
+    def snapshot(self) -> MetricsSnapshot:
+        queue, manager, pipeline = self.dispatcher.queue, self.manager, self.pipeline
+        return self.metrics.snapshot(
+            resident_bytes=manager.bytes_by_kind,
+            resident_modules=len(manager.resident),
+            module_budget_bytes=self.config.module_budget_bytes,
+            loading_modules=len(manager.loading),
+            queue_inputs=queue.num_inputs,
+            queue_tokens=queue.num_tokens,
+            in_flight_batches=pipeline.in_flight,
+            tokens_per_s=pipeline.tokens_per_s(self.config.max_batch_tokens),
+        )
+
+    async def _ask_canary(self) -> None:
+        """Through the queue and the compute lane like any request; the numbers must be those of the dense reference."""
+        canary = self.parts.canary
+        done = await self.dispatcher.submit("embed", self.parts.name, [canary.token_ids.tolist()], Terms(caller=CANARY))
+        check_outputs([canary], [output for output in done.outputs if output is not None], self.parts.model.dtype)
+
+    def _waiting_since_s(self) -> float | None:
+        """Since when there is work and no batch ended: the later of the oldest request's arrival and the last end."""
+        starts = [self.dispatcher.oldest_open_s(), self.pipeline.moved_s if self.pipeline.in_flight else None]
+        known = [start for start in starts if start is not None]
+        return max(min(known), self.pipeline.moved_s) if known else None

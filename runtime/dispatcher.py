@@ -1,0 +1,297 @@
+"""Admission: who may wait, with what, for how long. Tokenises, keeps one future a request, resolves it exactly once.
+
+Everything runs on the event loop but long tokenising. The dispatcher does not know when or how a request is computed:
+it hands inputs out (`take`), gets outputs back (`Pending.deliver`) and is told of modules that come and go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from typing import Any
+
+from runtime.clock import Clock
+from runtime.config import EngineConfig
+from runtime.errors import DeadlineExceeded, Draining, QueueFull, RequestTooLarge, ServerFull
+from runtime.inputs import check_inputs, check_method, in_chunks, num_chars
+from runtime.metrics import Metrics
+from runtime.pending import Pending
+from runtime.request import Input, Served, Slice
+from runtime.waiting import WaitingQueue
+from vbert.errors import BadRequest, InputTooLong, VbertError
+from vbert.tokenizer import Encoded, Tokenizer
+
+__all__ = ["CANARY", "Dispatcher", "Terms"]
+
+CANARY = "canary"  # the caller name of the engine's own requests, counted apart
+_INLINE_CHARS = 4_000  # tokenised on the event loop: under 1 ms; a thread would cost as much
+_UNKNOWN_RETRY_S = 1.0  # before the first batch there is nothing measured to tell
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """How a caller wants a request treated. deadline_s: seconds from now. truncate: cut what is too long."""
+
+    deadline_s: float | None = None
+    truncate: bool = False
+    caller: str = "local"
+
+
+@dataclass(kw_only=True, eq=False)
+class Dispatcher:
+    """serves: what a tenant's active version serves, or raises. is_ready: whether a module is in memory, or raises what
+    is wrong with it. rate: measured tokens per second, None before the first batch. wake: called when requests came or
+    left."""
+
+    config: EngineConfig
+    tokenizer: Tokenizer
+    lane: Executor
+    serves: Callable[[str], Served]
+    is_ready: Callable[[str], bool]
+    rate: Callable[[], float | None]
+    wake: Callable[[], None]
+    clock: Clock
+    metrics: Metrics
+    queue: WaitingQueue = field(default_factory=WaitingQueue)
+
+    def __post_init__(self) -> None:
+        self.refusal: VbertError | None = None  # why nothing is admitted any more
+        self._empty = asyncio.Event()
+        self.live: Counter[str] = Counter()  # admitted, unanswered requests by digest: their files must stay
+        self._tokenizing: Counter[str] = Counter()  # admitted inputs by caller that are not in the queue yet
+        self._open: dict[int, Pending] = {}
+        self._ids = count(1)
+
+    @property
+    def num_open(self) -> int:
+        """Requests admitted and not answered, those being tokenised included."""
+        return self.live.total()
+
+    async def submit(self, method: str, tenant: str, inputs: Any, terms: Terms) -> Pending:
+        """Admit one request and wait until all its inputs are computed.
+
+        Cancelling the caller takes the request out of the queue. Raises every BadRequest and Overloaded there is, and
+        what loading or computing the tenant raised.
+        """
+        outcome = "internal_error"
+        try:
+            pending = await self._submit(method, tenant, inputs, terms)
+            outcome = "ok"
+            self._count(pending)
+            return pending
+        except VbertError as error:
+            outcome = error.code
+            raise
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        finally:
+            self.metrics.requests[method if terms.caller != CANARY else CANARY, outcome] += 1
+            if not self.num_open:
+                self._empty.set()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Admit nothing any more, wait for what was admitted, and fail what is not done in time."""
+        self.refusal = Draining("the server is stopping and takes no new requests; ask another one")
+        self._empty.clear()
+        if self.num_open:
+            try:
+                await asyncio.wait_for(self._empty.wait(), timeout_s)
+            except TimeoutError:
+                self.abandon(
+                    Draining(f"the server stopped and this was not done after {timeout_s:.3g} s; ask another one")
+                )
+
+    def oldest_open_s(self) -> float | None:
+        """When the oldest unanswered request was queued."""
+        return next((pending.enqueued_s for pending in self._open.values()), None)
+
+    def take(self, piece: Slice) -> Pending:
+        """The request of a slice, whose inputs leave the queue for a batch."""
+        self.queue.take(piece.request_id, piece.last - piece.first)
+        return self._open[piece.request_id]
+
+    def expire(self, request_ids: Iterable[int]) -> None:
+        """Fail requests past their deadline, computed in part or not."""
+        for request_id in request_ids:
+            pending = self._open[request_id]
+            assert pending.deadline_s is not None
+            self.fail(pending, _too_late(pending.deadline_s - pending.arrival_s))
+
+    def abandon(self, error: VbertError) -> None:
+        """Fail every open request and admit none: the engine stops or broke."""
+        self.refusal = error
+        for pending in tuple(self._open.values()):
+            self.fail(pending, error)
+
+    def fail(self, pending: Pending, error: VbertError) -> None:
+        """Answer with an error, unless it was answered or its caller left. Each request gets its own copy: an exception
+        that is raised twice collects both tracebacks."""
+        self._close(pending)
+        pending.fail(copy(error))
+
+    # ---- modules come and go (manager.ResidencyListener) -----------------------------------------------------------
+
+    def arrived(self, digest: str) -> None:
+        now_s = self.clock.now_s()
+        for request_id in self.queue.cold.get(digest, ()):
+            self._open[request_id].make_ready(now_s)
+        self.queue.arrive(digest)
+
+    def left(self, digest: str) -> None:
+        self.queue.leave(digest)
+        now_s = self.clock.now_s()
+        for request_id in self.queue.cold.get(digest, ()):
+            self._open[request_id].make_cold(now_s)
+
+    def failed(self, digest: str, error: VbertError) -> None:
+        for request_id in tuple(self.queue.cold.get(digest, ())):
+            self.fail(self._open[request_id], error)
+
+    def waits_for(self, digest: str) -> bool:
+        return self.queue.waits_for(digest)
+
+    # ---- admission -------------------------------------------------------------------------------------------------
+
+    async def _submit(self, method: str, tenant: str, inputs: Any, terms: Terms) -> Pending:
+        arrival_s = self.clock.now_s()
+        if self.refusal is not None:
+            raise copy(self.refusal)
+        served = self.serves(tenant)
+        check_method(served, method)
+        checked = check_inputs(
+            inputs, method, max_inputs=self.config.max_request_inputs, max_chars=self.config.max_input_chars
+        )
+        deadline_s = arrival_s + _checked_deadline(terms.deadline_s, self.config.default_deadline_s)
+        with _counted(self.live, served.key.digest):
+            with self._room_for(terms.caller, len(checked)):
+                encoded = await self._encode(checked, method, served, terms.truncate, deadline_s)
+            pending = Pending(
+                request_id=next(self._ids),
+                method=method,
+                served=served,
+                caller=terms.caller,
+                inputs=checked,
+                encoded=encoded,
+                arrival_s=arrival_s,
+                enqueued_s=self.clock.now_s(),
+                deadline_s=deadline_s,
+                future=asyncio.get_running_loop().create_future(),
+            )
+            self._enqueue(pending)
+            try:
+                await pending.future
+            finally:
+                self._close(pending)
+        return pending
+
+    def _enqueue(self, pending: Pending) -> None:
+        ready = self.is_ready(pending.served.key.digest)
+        if not ready:
+            pending.make_cold(pending.enqueued_s)
+        self._open[pending.request_id] = pending
+        self.queue.add(pending.as_waiting(), ready=ready)
+        self.wake()
+
+    def _close(self, pending: Pending) -> None:
+        """The request waits no longer; may be called again."""
+        if self._open.pop(pending.request_id, None) is not None:
+            self.queue.forget(pending.request_id, pending.deadline_s)
+            self.wake()
+
+    @contextmanager
+    def _room_for(self, caller: str, num_inputs: int) -> Iterator[None]:
+        """Count inputs as waiting while they are tokenised. Raises RequestTooLarge, QueueFull, ServerFull."""
+        limit = self.config.max_queue_inputs
+        share = max(1, int(limit * self.config.max_caller_share))
+        if num_inputs > share:
+            raise RequestTooLarge(
+                f"{num_inputs} inputs, one caller may queue {share}; send fewer at once", param="input"
+            )
+        mine, all_callers = self._waiting_inputs(caller)
+        if mine + num_inputs > share:
+            raise QueueFull(
+                f"{mine} inputs of this caller wait, {share} may; send {num_inputs} more later",
+                retry_after_s=self._retry_after_s(mine + num_inputs - share, mine),
+            )
+        if all_callers + num_inputs > limit:
+            raise ServerFull(
+                f"{all_callers} inputs wait, {limit} may; send {num_inputs} more later",
+                retry_after_s=self._retry_after_s(all_callers + num_inputs - limit, all_callers),
+            )
+        with _counted(self._tokenizing, caller, num_inputs):
+            yield
+
+    def _waiting_inputs(self, caller: str) -> tuple[int, int]:
+        """(inputs of this caller, inputs of all) that were admitted and have not gone into a batch."""
+        mine = self.queue.inputs_of(caller) + self._tokenizing[caller]
+        return mine, self.queue.num_inputs + self._tokenizing.total()
+
+    def _retry_after_s(self, excess: int, waiting: int) -> float:
+        """When `excess` of `waiting` inputs will have gone, at the measured speed; a caller's inputs go as all do."""
+        rate = self.rate()
+        if rate is None or not self.queue.num_tokens:
+            return _UNKNOWN_RETRY_S
+        return self.queue.num_tokens / rate * min(1.0, excess / max(1, waiting))
+
+    async def _encode(
+        self, inputs: Sequence[Input], method: str, served: Served, truncate: bool, deadline_s: float
+    ) -> list[Encoded]:
+        """Tokenise, on the loop when it is quick. Raises InputTooLong, DeadlineExceeded."""
+        max_length = served.max_length if truncate else None
+        encode = partial(self.tokenizer.encode, max_length=max_length, offsets=method == "token_classify")
+        if sum(map(num_chars, inputs)) <= _INLINE_CHARS:
+            encoded = encode(inputs)
+        else:
+            encoded = []
+            for chunk in in_chunks(inputs):  # in pieces, so that other requests get their turn in the thread
+                encoded += await asyncio.get_running_loop().run_in_executor(self.lane, encode, chunk)
+                if self.clock.now_s() >= deadline_s:
+                    raise DeadlineExceeded("the deadline passed while the input was tokenised; allow more time")
+        for i, one in enumerate(encoded):
+            if one.full_length > served.max_length and not truncate:
+                whose = f"tenant {served.key.tenant!r}" if served.own_limit else "the backbone"
+                raise InputTooLong(
+                    f"input {i} has {one.full_length} tokens, {whose} takes {served.max_length}; shorten it or send "
+                    "truncate: true",
+                    param="input",
+                )
+        return encoded
+
+    def _count(self, pending: Pending) -> None:
+        self.metrics.inputs[pending.method] += len(pending.encoded)
+        self.metrics.tokens += sum(len(e.token_ids) for e in pending.encoded)
+        timings = pending.timings()
+        for stage, histogram in self.metrics.seconds.items():
+            histogram.observe(getattr(timings, f"{stage}_s"))
+
+
+@contextmanager
+def _counted(counter: Counter[str], key: str, amount: int = 1) -> Iterator[None]:
+    counter[key] += amount
+    try:
+        yield
+    finally:
+        counter[key] -= amount
+        if not counter[key]:
+            del counter[key]
+
+
+def _checked_deadline(deadline_s: float | None, default_s: float) -> float:
+    if deadline_s is None:
+        return default_s
+    if isinstance(deadline_s, bool) or not isinstance(deadline_s, int | float) or not 0 < deadline_s < math.inf:
+        raise BadRequest(f"deadline_s is {deadline_s!r}; give seconds above 0", param="deadline_s")
+    return float(deadline_s)
+
+
+def _too_late(allowed_s: float) -> DeadlineExceeded:
+    return DeadlineExceeded(f"no answer within the {allowed_s:.3g} s allowed; allow more time or send less at once")

@@ -1,0 +1,51 @@
+"""The named threads of one engine. Blocking work goes to one of them, by what it must not hold up."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Lanes"]
+
+
+@dataclass(frozen=True, slots=True)
+class Lanes:
+    """compute: every forward pass, one at a time. loader: module files. tokenizer: long texts. store: the catalogue.
+    imports: checkpoints being read and converted, which may take seconds.
+
+    Only the compute lane uses more than one core: OpenMP has one pool a launching thread, and a second pool that spins
+    beside the first makes both slower than one core would be (DESIGN.md, section 8).
+    """
+
+    compute: ThreadPoolExecutor
+    loader: ThreadPoolExecutor
+    tokenizer: ThreadPoolExecutor
+    store: ThreadPoolExecutor
+    imports: ThreadPoolExecutor
+
+    @classmethod
+    def open(cls, compute_threads: int) -> Lanes:
+        """compute_threads: cores of the compute lane, 0 for all that this process may use."""
+        cores = compute_threads or len(os.sched_getaffinity(0))
+        return cls(
+            compute=_lane("compute", 1, cores),
+            loader=_lane("loader", 2, 1),
+            tokenizer=_lane("tokenizer", 1, 1),
+            store=_lane("store", 1, 1),
+            imports=_lane("imports", 1, 1),
+        )
+
+    def close(self) -> None:
+        """Wait for what runs, forget what does not run yet."""
+        for lane in (self.imports, self.tokenizer, self.loader, self.compute, self.store):
+            lane.shutdown(wait=True, cancel_futures=True)
+
+
+def _lane(name: str, num_threads: int, torch_threads: int) -> ThreadPoolExecutor:
+    # torch.set_num_threads holds for the thread that calls it (and for threads started later that do not call it)
+    return ThreadPoolExecutor(
+        num_threads, f"vbert-{name}", initializer=torch.set_num_threads, initargs=(torch_threads,)
+    )

@@ -1,0 +1,113 @@
+"""The one loop: asks the policy, applies what it says, waits for an event. It decides nothing by itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from runtime.clock import Clock
+from runtime.dispatcher import Dispatcher
+from runtime.manager import Manager
+from runtime.metrics import Metrics
+from runtime.pending import Pending
+from runtime.pipeline import Outcome, Pipeline
+from runtime.request import Batch, BatchPlan, Slice
+from runtime.scheduler import BatchPolicy, View
+from vbert.errors import VbertError
+from vbert.model import SequenceInput
+
+__all__ = ["ServingLoop"]
+
+_Pieces = list[tuple[Pending, Slice]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ServingLoop:
+    """`event` is set whenever a request came or left, a batch ended, or a module came, went or failed."""
+
+    policy: BatchPolicy
+    dispatcher: Dispatcher
+    manager: Manager
+    pipeline: Pipeline
+    max_batch_tokens: int
+    event: asyncio.Event
+    clock: Clock
+    metrics: Metrics
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            self.event.clear()
+            plan = self.policy.plan(self.view())
+            self._apply(plan)
+            if not plan.batches:  # after a launch there may be room for another
+                await self._wait(plan.wake_s)
+
+    def view(self) -> View:
+        queue, pipeline = self.dispatcher.queue, self.pipeline
+        return View(
+            now_s=self.clock.now_s(),
+            waiting=queue.waiting,
+            ready=queue.ready,
+            ready_tokens=queue.ready_tokens,
+            deadlines=queue.deadlines,
+            ready_deadlines=queue.ready_deadlines,
+            cold=queue.cold,
+            loading=self.manager.loading,
+            in_flight=pipeline.in_flight,
+            busy_until_s=pipeline.busy_until_s,
+            max_batch_tokens=self.max_batch_tokens,
+            tokens_per_s=pipeline.tokens_per_s(self.max_batch_tokens),
+        )
+
+    def _apply(self, plan: BatchPlan) -> None:
+        self.dispatcher.expire(plan.expire)
+        for batch in plan.batches:
+            self._launch(batch)
+        for key in plan.prefetch:
+            self.manager.load(key.digest)
+        self.manager.recheck()
+
+    async def _wait(self, wake_s: float | None) -> None:
+        timer = None
+        if wake_s is not None:
+            delay_s = wake_s - self.clock.now_s()
+            timer = asyncio.get_running_loop().call_later(max(0.0, delay_s), self.event.set)
+        try:
+            await self.event.wait()
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _launch(self, batch: Batch) -> None:
+        pieces = [(self.dispatcher.take(piece), piece) for piece in batch.slices]
+        sequences: list[SequenceInput] = []
+        for pending, piece in pieces:
+            tenant = self.manager.pin(pending.served.key.digest)
+            inputs = pending.encoded[piece.first : piece.last]
+            sequences += [SequenceInput(e.token_ids, e.type_ids, tenant) for e in inputs]
+        self.pipeline.launch(sequences, partial(self._finished, pieces))
+
+    def _finished(self, pieces: _Pieces, outcomes: Sequence[Outcome], compute_s: float) -> None:
+        """A batch ended: every piece gets its outputs, or the error of its tenant."""
+        now_s, begin = self.clock.now_s(), 0
+        for pending, piece in pieces:
+            end = begin + piece.last - piece.first
+            self.manager.unpin(pending.served.key.digest)
+            for kind in pending.served.kinds:
+                self.metrics.computed_inputs[kind] += end - begin
+            self._deliver(pending, piece.first, outcomes[begin:end], compute_s, now_s)
+            begin = end
+        self.event.set()
+
+    def _deliver(
+        self, pending: Pending, first: int, outcomes: Sequence[Outcome], compute_s: float, now_s: float
+    ) -> None:
+        errors = [outcome for outcome in outcomes if isinstance(outcome, VbertError)]
+        if errors:
+            self.dispatcher.fail(pending, errors[0])
+        else:
+            outputs = [outcome for outcome in outcomes if not isinstance(outcome, VbertError)]
+            pending.deliver(first, outputs, compute_s=compute_s, now_s=now_s)

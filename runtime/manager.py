@@ -1,0 +1,224 @@
+"""Carries out residency: loads tenant modules beside the compute lane, pins them while in use, evicts, counts bytes.
+
+All state is touched by the event loop only; files are read in the loader threads. Concurrent requests for one module
+load it once, a load that must wait for room holds up no module that is in memory, and a load that fails is the trouble
+of its own tenant. Knows modules by digest, never tenants by name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping
+from concurrent.futures import Executor
+from copy import copy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from runtime.clock import Clock
+from runtime.errors import ComputeFailed, ModuleTooLarge
+from runtime.metrics import Metrics
+from runtime.residency import Lru, ResidencyPolicy, Resident
+from vbert.arena import Arena, Reservation, ResidentTenant
+from vbert.checkpoint import TenantHeader, read_header
+from vbert.errors import CorruptFile, VbertError
+
+__all__ = ["Manager", "ResidencyListener"]
+
+_FORGET_FAILURE_S = 1.0  # a broken module asked for in a loop is read at most this often
+_log = logging.getLogger(__name__)
+
+
+class ResidencyListener(Protocol):
+    """Who holds the requests."""
+
+    def arrived(self, digest: str) -> None: ...
+    def left(self, digest: str) -> None: ...
+    def failed(self, digest: str, error: VbertError) -> None: ...
+    def waits_for(self, digest: str) -> bool: ...
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """`ran`: whether a batch used it since it was loaded. Until then it stays for the requests it was loaded for,
+    or two tenants could evict each other for ever without either being served."""
+
+    tenant: ResidentTenant
+    last_used_s: float
+    pins: int = 0
+    ran: bool = False
+
+
+@dataclass(kw_only=True, eq=False)
+class Manager:
+    """files: path of a digest's native file. verify: compares a tenant just loaded with its self-tests, or raises.
+    spawn: starts a task. wake: called after every change that may let something run."""
+
+    arena: Arena
+    budget_bytes: int
+    files: Callable[[str], Path]
+    verify: Callable[[ResidentTenant], Awaitable[None]]
+    listener: ResidencyListener
+    lane: Executor
+    spawn: Callable[[Coroutine[Any, Any, None]], object]
+    wake: Callable[[], None]
+    clock: Clock
+    metrics: Metrics
+    policy: ResidencyPolicy = field(default_factory=Lru)
+
+    def __post_init__(self) -> None:
+        self._resident: OrderedDict[str, _Entry] = OrderedDict()  # the longest unused first
+        self._loading: dict[str, None] = {}
+        self._bytes: Counter[str] = Counter()
+        self._verified: set[str] = set()
+        self._failures: dict[str, tuple[VbertError, float]] = {}
+        self._room = asyncio.Lock()  # first come, first served: a large module is not overtaken for ever
+        self._changed = asyncio.Event()
+
+    # ---- reading ---------------------------------------------------------------------------------------------------
+
+    @property
+    def loading(self) -> Collection[str]:
+        return self._loading.keys()
+
+    @property
+    def resident(self) -> Collection[str]:
+        return self._resident.keys()
+
+    @property
+    def bytes_by_kind(self) -> Mapping[str, int]:
+        """Bytes of every module in memory or on its way, by kind. Their sum never exceeds the budget."""
+        return self._bytes
+
+    def is_ready(self, digest: str) -> bool:
+        """Whether the module is in memory; "" is the backbone itself. Raises the error of a load that just failed."""
+        if (failure := self._failures.get(digest)) is not None:
+            if self.clock.now_s() < failure[1]:
+                raise copy(failure[0])
+            del self._failures[digest]
+        return digest in self._resident or not digest
+
+    # ---- use -------------------------------------------------------------------------------------------------------
+
+    def pin(self, digest: str) -> ResidentTenant | None:
+        """The module, which stays until as many `unpin` came. None for the backbone itself."""
+        if not digest:
+            return None
+        entry = self._resident[digest]
+        entry.pins += 1
+        self._touch(digest, entry)
+        return entry.tenant
+
+    def unpin(self, digest: str) -> None:
+        if digest:
+            entry = self._resident[digest]
+            entry.pins, entry.ran = entry.pins - 1, True
+            self._touch(digest, entry)
+            self.recheck()
+
+    def load(self, digest: str) -> None:
+        """Begin to bring a module in, unless that is under way or done."""
+        if digest not in self._resident and digest not in self._loading:
+            self._loading[digest] = None
+            self.spawn(self._load(digest))
+
+    def drop(self, digest: str) -> None:
+        """Evict a module that nobody asks for any more, if it is here and not in use."""
+        if digest in self._resident and not self._is_pinned(digest, self._resident[digest]):
+            self._evict(digest)
+            self.recheck()
+
+    def recheck(self) -> None:
+        """Something was unpinned, or a request left: loads that wait for room look again."""
+        self._changed.set()
+
+    # ---- loading ---------------------------------------------------------------------------------------------------
+
+    async def _load(self, digest: str) -> None:
+        started_s, outcome = self.clock.now_s(), "ok"
+        try:
+            tenant = await self._bring_in(digest)
+            self._resident[digest] = _Entry(tenant, self.clock.now_s())
+            self.listener.arrived(digest)
+        except Exception as error:
+            explained = _explained(error, digest)
+            outcome = explained.code
+            self._failures[digest] = (explained, self.clock.now_s() + _FORGET_FAILURE_S)
+            self.listener.failed(digest, explained)
+        finally:
+            del self._loading[digest]
+            self.metrics.loads[outcome] += 1
+            self.metrics.load_s.observe(self.clock.now_s() - started_s)
+            self.recheck()
+            self.wake()
+
+    async def _bring_in(self, digest: str) -> ResidentTenant:
+        run, path = asyncio.get_running_loop().run_in_executor, self.files(digest)
+        header = await run(self.lane, read_header, path)
+        reservation = await self._reserve(header, digest)
+        try:
+            tenant = await run(self.lane, self.arena.fill, reservation, path)
+            if digest not in self._verified:
+                await self.verify(tenant)
+                self._verified.add(digest)
+        except BaseException:
+            self._release(reservation)
+            raise
+        return replace(tenant, self_tests=())  # replayed once; not worth memory
+
+    async def _reserve(self, header: TenantHeader, digest: str) -> Reservation:
+        need_bytes = self.arena.num_bytes(header)
+        if need_bytes > self.budget_bytes:
+            raise ModuleTooLarge(
+                f"the module takes {need_bytes} bytes, module_budget_bytes is {self.budget_bytes}; raise the budget"
+            )
+        async with self._room:
+            while True:
+                if self._make_room(need_bytes) and (reservation := self.arena.reserve(header, digest)) is not None:
+                    self._bytes.update(reservation.bytes_by_kind)
+                    return reservation
+                self._changed.clear()
+                await self._changed.wait()
+
+    def _make_room(self, need_bytes: int) -> bool:
+        free_bytes = self.budget_bytes - self._bytes.total()
+        victims = self.policy.evict(self._candidates(), free_bytes=free_bytes, need_bytes=need_bytes)
+        for digest in victims or ():
+            self._evict(digest)
+        return victims is not None
+
+    def _candidates(self) -> Iterator[Resident]:
+        for digest, entry in self._resident.items():
+            yield Resident(
+                digest=digest,
+                num_bytes=entry.tenant.num_bytes,
+                last_used_s=entry.last_used_s,
+                pinned=self._is_pinned(digest, entry),
+            )
+
+    def _is_pinned(self, digest: str, entry: _Entry) -> bool:
+        return entry.pins > 0 or (not entry.ran and self.listener.waits_for(digest))
+
+    def _touch(self, digest: str, entry: _Entry) -> None:
+        entry.last_used_s = self.clock.now_s()
+        self._resident.move_to_end(digest)
+
+    def _evict(self, digest: str) -> None:
+        self._release(self._resident.pop(digest).tenant.reservation)
+        self.metrics.evictions += 1
+        self.listener.left(digest)
+
+    def _release(self, reservation: Reservation) -> None:
+        self.arena.release(reservation)
+        self._bytes.subtract(reservation.bytes_by_kind)
+
+
+def _explained(error: Exception, digest: str) -> VbertError:
+    if isinstance(error, VbertError):
+        return error
+    _log.error("loading module %s failed", digest[:12], exc_info=error)
+    if isinstance(error, OSError):
+        return CorruptFile(f"the stored file of {digest[:12]} cannot be read ({error.strerror}); add the tenant again")
+    return ComputeFailed(f"loading module {digest[:12]} failed: {error!r}; see the log of the server")

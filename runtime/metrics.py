@@ -1,0 +1,154 @@
+"""Counters and histograms as plain numbers, read as one snapshot. Knows no tenant by name and no Prometheus."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["Histogram", "HistogramSnapshot", "Metrics", "MetricsSnapshot"]
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+TOKENS = (16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0)
+_RECENT = 2048  # observations that the quantiles look back on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HistogramSnapshot:
+    """`counts[i]` observations were <= bounds[i] and above the bound before; the last count is above all bounds.
+
+    p50, p99: of the most recent observations (at most 2,048), 0.0 without any.
+    """
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    count: int
+    total: float
+    p50: float
+    p99: float
+
+
+class Histogram:
+    """Observations of one quantity in fixed buckets, with exact quantiles of the recent past."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._total = 0.0
+        self._recent: deque[float] = deque(maxlen=_RECENT)
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._total += value
+        self._recent.append(value)
+
+    def snapshot(self) -> HistogramSnapshot:
+        recent = sorted(self._recent)
+        return HistogramSnapshot(
+            bounds=self._bounds,
+            counts=tuple(self._counts),
+            count=sum(self._counts),
+            total=self._total,
+            p50=_quantile(recent, 0.50),
+            p99=_quantile(recent, 0.99),
+        )
+
+
+def _quantile(ordered: list[float], share: float) -> float:
+    """The nearest-rank quantile of an ascending list."""
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsSnapshot:
+    """Everything the engine counts, at one moment. Counters never fall; gauges are marked.
+
+    requests: by (task, outcome), outcome being `ok`, `cancelled` or the code of the error.
+    seconds: by stage: tokenize, queue, load, compute, total; one observation a request.
+    computed_inputs: by module kind (low_rank, ..., head_only, backbone); with two kinds an input
+        counts in both.
+    loads: by outcome, `ok` or the code of the error. resident_bytes (gauge): by module kind, exact.
+    """
+
+    requests: Mapping[tuple[str, str], int]
+    inputs: Mapping[str, int]
+    tokens: int
+    seconds: Mapping[str, HistogramSnapshot]
+    batches: int
+    batch_tokens: HistogramSnapshot
+    compute_busy_s: float
+    reruns: int  # batches that failed and were run again tenant by tenant
+    computed_inputs: Mapping[str, int]
+    loads: Mapping[str, int]
+    load_s: HistogramSnapshot
+    evictions: int
+    loop_lag: HistogramSnapshot
+    resident_bytes: Mapping[str, int]  # gauge, like all below
+    resident_modules: int
+    module_budget_bytes: int
+    loading_modules: int
+    queue_inputs: int
+    queue_tokens: int
+    in_flight_batches: int
+    tokens_per_s: float | None
+
+
+def _stages() -> dict[str, Histogram]:
+    return {stage: Histogram(SECONDS) for stage in ("tokenize", "queue", "load", "compute", "total")}
+
+
+@dataclass(slots=True)
+class Metrics:
+    """The live counters; each is written by one part of the engine, all on the event loop."""
+
+    requests: Counter[tuple[str, str]] = field(default_factory=Counter)
+    inputs: Counter[str] = field(default_factory=Counter)
+    tokens: int = 0
+    seconds: dict[str, Histogram] = field(default_factory=_stages)
+    batches: int = 0
+    batch_tokens: Histogram = field(default_factory=lambda: Histogram(TOKENS))
+    compute_busy_s: float = 0.0
+    reruns: int = 0
+    computed_inputs: Counter[str] = field(default_factory=Counter)
+    loads: Counter[str] = field(default_factory=Counter)
+    load_s: Histogram = field(default_factory=lambda: Histogram(SECONDS))
+    evictions: int = 0
+    loop_lag: Histogram = field(default_factory=lambda: Histogram(SECONDS))
+
+    def snapshot(
+        self,
+        *,
+        resident_bytes: Mapping[str, int],
+        resident_modules: int,
+        module_budget_bytes: int,
+        loading_modules: int,
+        queue_inputs: int,
+        queue_tokens: int,
+        in_flight_batches: int,
+        tokens_per_s: float | None,
+    ) -> MetricsSnapshot:
+        return MetricsSnapshot(
+            requests=dict(self.requests),
+            inputs=dict(self.inputs),
+            tokens=self.tokens,
+            seconds={stage: histogram.snapshot() for stage, histogram in self.seconds.items()},
+            batches=self.batches,
+            batch_tokens=self.batch_tokens.snapshot(),
+            compute_busy_s=self.compute_busy_s,
+            reruns=self.reruns,
+            computed_inputs=dict(self.computed_inputs),
+            loads=dict(self.loads),
+            load_s=self.load_s.snapshot(),
+            evictions=self.evictions,
+            loop_lag=self.loop_lag.snapshot(),
+            resident_bytes=dict(resident_bytes),
+            resident_modules=resident_modules,
+            module_budget_bytes=module_budget_bytes,
+            loading_modules=loading_modules,
+            queue_inputs=queue_inputs,
+            queue_tokens=queue_tokens,
+            in_flight_batches=in_flight_batches,
+            tokens_per_s=tokens_per_s,
+        )

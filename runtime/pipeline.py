@@ -1,0 +1,155 @@
+"""The compute lane: one named thread that runs batches one after the other. Knows sequences, no requests and no queue.
+
+With one batch computing and one launched behind it, the thread never waits for the event loop. A batch that fails is
+run again tenant by tenant, so that what is wrong with one tenant stays its own trouble.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+
+from torch import Tensor
+
+from runtime.clock import Clock
+from runtime.errors import ComputeFailed
+from runtime.metrics import Metrics
+from runtime.throughput import Throughput
+from vbert.arena import ResidentTenant
+from vbert.errors import VbertError
+from vbert.model import Model, SequenceInput
+
+__all__ = ["Outcome", "Pipeline"]
+
+Outcome = Tensor | VbertError
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    outcomes: list[Outcome]
+    compute_s: float
+    reran: bool
+
+
+class Pipeline:
+    """`launch` from the event loop; `done` is called on it. State is touched by the event loop only."""
+
+    def __init__(self, model: Model, lane: Executor, clock: Clock, metrics: Metrics) -> None:
+        self._model, self._lane, self._clock, self._metrics = model, lane, clock, metrics
+        self._throughput = Throughput()
+        self.in_flight = 0
+        self._busy_until_s: float | None = None
+        self._moved_s = clock.now_s()  # when a batch last ended, or began on an idle lane
+
+    @property
+    def busy_until_s(self) -> float | None:
+        """When the batches in flight should end; None when none is, or nothing was measured yet."""
+        return self._busy_until_s if self.in_flight else None
+
+    @property
+    def moved_s(self) -> float:
+        """When the lane last ended a batch, or began one after a pause. Long ago with something in flight: stuck."""
+        return self._moved_s
+
+    def tokens_per_s(self, batch_tokens: int) -> float | None:
+        return self._throughput.tokens_per_s(batch_tokens)
+
+    def launch(self, sequences: Sequence[SequenceInput], done: Callable[[Sequence[Outcome], float], None]) -> None:
+        """Compute a batch after those launched before it; then `done(outcomes, compute_s)`, outcomes in the order of
+        `sequences`, each the raw output of its head or the error of its tenant."""
+        num_tokens = sum(len(s.token_ids) for s in sequences)
+        self._expect(num_tokens)
+        if not self.in_flight:
+            self._moved_s = self._clock.now_s()
+        self.in_flight += 1
+        loop = asyncio.get_running_loop()
+        finished = partial(self._finished, num_tokens, done)
+        future = self._lane.submit(self._compute, sequences)
+        future.add_done_callback(lambda computed: loop.call_soon_threadsafe(finished, computed))
+
+    async def replay(self, sequences: Sequence[SequenceInput]) -> list[Tensor]:
+        """Compute a batch of its own and wait for it. Raises ComputeFailed."""
+        answer: asyncio.Future[list[Tensor]] = asyncio.get_running_loop().create_future()
+
+        def done(outcomes: Sequence[Outcome], _: float) -> None:
+            errors = [o for o in outcomes if isinstance(o, VbertError)]
+            if answer.done():
+                return
+            if errors:
+                answer.set_exception(errors[0])
+            else:
+                answer.set_result([o for o in outcomes if isinstance(o, Tensor)])
+
+        self.launch(sequences, done)
+        return await answer
+
+    def _expect(self, num_tokens: int) -> None:
+        seconds = self._throughput.seconds(num_tokens)
+        start_s = max(self._clock.now_s(), self.busy_until_s or 0.0)
+        self._busy_until_s = None if seconds is None else start_s + seconds
+
+    def _finished(
+        self, num_tokens: int, done: Callable[[Sequence[Outcome], float], None], future: Future[_Computed]
+    ) -> None:
+        computed = future.result()
+        self.in_flight -= 1
+        self._moved_s = self._clock.now_s()
+        self._throughput.observe(num_tokens, computed.compute_s)
+        self._metrics.batches += 1
+        self._metrics.batch_tokens.observe(num_tokens)
+        self._metrics.compute_busy_s += computed.compute_s
+        self._metrics.reruns += computed.reran
+        done(computed.outcomes, computed.compute_s)
+
+    # ---- on the compute thread -------------------------------------------------------------------------------------
+
+    def _compute(self, sequences: Sequence[SequenceInput]) -> _Computed:
+        started_s = self._clock.now_s()
+        try:
+            outcomes: list[Outcome] = list(self._forward(sequences))
+        except Exception as error:
+            _log.error("a batch of %d sequences failed; trying tenant by tenant", len(sequences), exc_info=error)
+            outcomes = []
+        reran = not outcomes or not all(map(_is_finite, outcomes))
+        if reran:
+            groups = groupby(sequences, key=lambda sequence: sequence.tenant)
+            outcomes = [outcome for _, group in groups for outcome in self._alone(list(group))]
+        return _Computed(outcomes, self._clock.now_s() - started_s, reran)
+
+    def _alone(self, sequences: list[SequenceInput]) -> list[Outcome]:
+        """The sequences of one tenant, whose errors concern nobody else."""
+        try:
+            outputs = self._forward(sequences)
+        except Exception as error:
+            _log.error("a batch of one tenant failed", exc_info=error)
+            return [ComputeFailed(f"the forward pass of this tenant failed: {error}")] * len(sequences)
+        broken = ComputeFailed("the tenant gave numbers that are not finite for this input; look at its training")
+        return [output if _is_finite(output) else broken for output in outputs]
+
+    def _forward(self, sequences: Sequence[SequenceInput]) -> list[Tensor]:
+        batch = self._model.pack(
+            sequences
+        )  # here, not on the loop: about 1 ms, and what it raises is a batch's failure
+        _check_owned(batch.tenants)
+        outputs = self._model.forward(batch)
+        _check_owned(batch.tenants)
+        return outputs
+
+
+def _check_owned(tenants: Iterable[ResidentTenant]) -> None:
+    """The last line against the worst bug: no answer leaves that was computed with another tenant's module."""
+    for tenant in tenants:
+        if not tenant.owned():
+            raise ComputeFailed(
+                f"the slots of {tenant.digest[:12]} changed hands while in use; this is a bug, report it"
+            )
+
+
+def _is_finite(outcome: Outcome) -> bool:
+    return isinstance(outcome, Tensor) and bool(outcome.isfinite().all())

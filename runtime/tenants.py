@@ -1,0 +1,115 @@
+"""Tenants as a resource: import, register, switch, remove. Every file and catalogue access is off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Set
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from runtime.config import EngineConfig
+from runtime.errors import InvalidTenantId, ModuleTooLarge, RequestTooLarge
+from runtime.lanes import Lanes
+from runtime.store import ModuleFacts, TenantStore, TenantVersion, check_tenant_id
+from vbert.arena import Arena
+from vbert.checkpoint import TenantHeader, check_sparse, load_tensors, parse_header, write_tenant
+from vbert.formats.transformers_folder import Backbone
+
+__all__ = ["Tenants"]
+
+T = TypeVar("T")
+Source = str | os.PathLike[str] | bytes
+
+
+@dataclass(kw_only=True, eq=False)
+class Tenants:
+    """`reserved`: the backbone's served name, which no tenant may take."""
+
+    config: EngineConfig
+    store: TenantStore
+    backbone: Backbone
+    arena: Arena
+    lanes: Lanes
+    reserved: str
+    removed: set[str] = field(default_factory=set)  # digests whose files may be garbage
+
+    async def add(
+        self, tenant: str, source: Source, *, activate: bool, if_match: int | None
+    ) -> tuple[TenantVersion, bool]:
+        """Register a checkpoint folder, a native file, or a native file's bytes; returns it and whether it is new.
+
+        Raises: InvalidTenantId, RefusedCheckpoint, CorruptFile, WrongBackbone, RequestTooLarge, ModuleTooLarge,
+        StoreFull, VersionConflict.
+        """
+        check_tenant_id(tenant)
+        if tenant == self.reserved:
+            raise InvalidTenantId(f"{tenant!r} is the name of the backbone; choose another name", param="tenant")
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.lanes.imports, self._add, tenant, source, activate, if_match)
+
+    async def remove(self, tenant: str, *, if_match: int | None) -> None:
+        """Forget a tenant. Requests already admitted are still answered; their files go when the last one is."""
+        versions = await self.read(self.store.versions, tenant)
+        await self.read(partial(self.store.remove, if_match=if_match), tenant)
+        self.removed.update(version.digest for version in versions)
+
+    async def collect(self, in_use: Set[str]) -> Set[str]:
+        """Delete files of removed tenants but those in use. Returns the removed digests that nobody uses any more."""
+        gone = self.removed - in_use
+        await self.read(self.store.collect_garbage, in_use)
+        self.removed -= gone
+        return gone
+
+    async def read(self, method: Callable[..., T], *args: object) -> T:
+        """A method of the store, on its thread."""
+        return await asyncio.get_running_loop().run_in_executor(self.lanes.store, method, *args)
+
+    def _add(self, tenant: str, source: Source, activate: bool, if_match: int | None) -> tuple[TenantVersion, bool]:
+        data = source if isinstance(source, bytes) else self._converted(Path(source))
+        facts = self._checked(data)
+        return self.store.put(tenant, data, facts, activate=activate, if_match=if_match)
+
+    def _converted(self, path: Path) -> bytes:
+        """A native file as it is; anything else read into deltas, with the original library's answers as self-tests."""
+        if path.is_file() and path.suffix == ".safetensors":
+            return path.read_bytes()
+        from vbert.formats import read_tenant
+        from vbert.formats.original import self_tests
+
+        module = read_tenant(path, self.backbone)
+        if not module.self_tests:
+            module = replace(module, self_tests=self_tests(path, self.backbone, module))
+        return write_tenant(module)
+
+    def _checked(self, data: bytes) -> ModuleFacts:
+        """What the catalogue keeps of a native file that is whole and fits this engine."""
+        limit = self.config.max_module_bytes
+        if len(data) > limit:
+            raise RequestTooLarge(f"the tenant file has {len(data)} bytes, the limit is {limit}; use a smaller module")
+        header = parse_header(data)
+        header.check(self.backbone.config, self.backbone.fingerprint)
+        self._check_room(header)
+        tensors = load_tensors(data)
+        if (layout := header.layouts.get("sparse")) is not None:
+            columns, row_starts = tensors["delta.sparse.columns"], tensors["delta.sparse.row_starts"]
+            check_sparse(layout, columns, row_starts, self.backbone.config)
+        head = header.head
+        return ModuleFacts(
+            fingerprint=header.fingerprint,
+            task=head.kind,
+            problem=head.problem,
+            labels=head.labels,
+            max_length=header.max_length,
+            kinds=header.kinds,
+            source=dict(header.source),
+        )
+
+    def _check_room(self, header: TenantHeader) -> None:
+        needed, budget = self.arena.num_bytes(header), self.config.module_budget_bytes
+        if needed > budget:
+            raise ModuleTooLarge(
+                f"the module needs {needed} bytes, module_budget_bytes is {budget}; raise it or use a smaller one"
+            )
