@@ -49,16 +49,17 @@ class Segments:
         return torch.from_numpy(np.concatenate([np.arange(a, b) for a, b in zip(self.start, self.stop, strict=True)]))
 
     @cached_property
-    def row_slots(self) -> Ints:
-        """[n] int64: the slot of each row of `rows`."""
-        return np.repeat(self.slot, self.stop - self.start)
+    def row_index(self) -> NDArray[np.uint64]:
+        """[n, 2]: each row of `rows` and its slot, for kernels."""
+        return np.stack([self.rows.numpy(), np.repeat(self.slot, self.stop - self.start)], 1).astype(np.uint64)
 
-    def blocks(self, size: int) -> tuple[Ints, Ints, Ints]:
-        """The segments cut into pieces of at most `size` rows: slot, start and stop of each piece."""
+    def blocks(self, size: int) -> NDArray[np.uint64]:
+        """[n, 3]: the segments cut into pieces of at most `size` rows: slot, first row and number of rows of each."""
         pieces = -(-(self.stop - self.start) // size)
         nth = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)
         start = np.repeat(self.start, pieces) + nth * size
-        return np.repeat(self.slot, pieces), start, np.minimum(start + size, np.repeat(self.stop, pieces))
+        count = np.minimum(size, np.repeat(self.stop, pieces) - start)
+        return np.stack([np.repeat(self.slot, pieces), start, count], 1).astype(np.uint64)
 
     @cached_property
     def _chunk_rows(self) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 from vbert.batch import Segments
 from vbert.errors import ShapeError
 from vbert.kernels.backend import Backend, pick
-from vbert.kernels.bf16 import as_array, load, store
+from vbert.kernels.rows import as_rows, load, store, use_threads
 
 __all__ = ["segmented_affine"]
 
@@ -38,9 +38,10 @@ def segmented_affine(
         raise ShapeError(f"slots {[list(g.shape) for g in given]} do not fit {list(rows.shape)} -> {list(out.shape)}")
     if pick(backend, rows) is Backend.REFERENCE:
         return reference(rows, scale_slots, shift_slots, segments, out)
-    scale, shift = (as_array(given[0] if slots is None else slots) for slots in (scale_slots, shift_slots))
-    args = (as_array(rows), scale, shift, segments.rows.numpy(), segments.row_slots, as_array(out))
-    _cpu(*args, scale_slots is not None, shift_slots is not None)
+    scale, shift = (as_rows(given[0] if slots is None else slots) for slots in (scale_slots, shift_slots))
+    use_threads(out.shape[1] * len(segments.rows))
+    given_flags = scale_slots is not None, shift_slots is not None
+    _cpu(as_rows(rows), scale, shift, segments.row_index, as_rows(out), np.uint64(out.shape[1]), *given_flags)
     return out
 
 
@@ -55,16 +56,17 @@ def reference(
 
 
 @numba.njit(parallel=True, nogil=True, cache=True, fastmath={"contract"})
-def _cpu(rows, scale, shift, row_of, slot_of, out, has_scale, has_shift):  # type: ignore[no-untyped-def]
-    one, zero = np.float32(1.0), np.float32(0.0)
-    for n in numba.prange(len(row_of)):
-        t, p = row_of[n], slot_of[n]
+def _cpu(rows, scale, shift, row_index, out, width, has_scale, has_shift):  # type: ignore[no-untyped-def]
+    (x, x_stride), (g, g_stride), (b, b_stride), (y, y_stride) = rows, scale, shift, out
+    for n in numba.prange(row_index.shape[0]):
+        t, p = row_index[n, 0], row_index[n, 1]
+        x0, y0, g0, b0 = t * x_stride, t * y_stride, p * g_stride, p * b_stride
         if has_scale and has_shift:
-            for h in range(out.shape[1]):
-                store(out, t, h, load(rows[t, h]) * load(scale[p, h]) + load(shift[p, h]))
+            for h in range(width):
+                store(y, y0 + h, load(x[x0 + h]) * load(g[g0 + h]) + load(b[b0 + h]))
         elif has_scale:
-            for h in range(out.shape[1]):
-                store(out, t, h, load(rows[t, h]) * load(scale[p, h]) + zero)
+            for h in range(width):
+                store(y, y0 + h, load(x[x0 + h]) * load(g[g0 + h]))
         else:
-            for h in range(out.shape[1]):
-                store(out, t, h, load(rows[t, h]) * one + load(shift[p, h]))
+            for h in range(width):
+                store(y, y0 + h, load(x[x0 + h]) + load(b[b0 + h]))

@@ -10,7 +10,7 @@ from torch import Tensor
 from vbert.batch import Segments
 from vbert.errors import ShapeError
 from vbert.kernels.backend import Backend, pick
-from vbert.kernels.bf16 import as_array, load, store
+from vbert.kernels.rows import as_rows, load, store, use_threads
 
 __all__ = ["segmented_layer_norm"]
 
@@ -38,8 +38,9 @@ def segmented_layer_norm(
         raise ShapeError(f"weight {list(weight_slots.shape)} does not fit {list(rows.shape)} -> {list(out.shape)}")
     if pick(backend, rows) is Backend.REFERENCE:
         return reference(rows, weight_slots, bias_slots, segments, eps, out)
-    weight, bias = as_array(weight_slots), as_array(bias_slots)
-    _cpu(as_array(rows), weight, bias, segments.rows.numpy(), segments.row_slots, np.float32(eps), as_array(out))
+    use_threads(3 * out.shape[1] * len(segments.rows))
+    weight, bias = as_rows(weight_slots), as_rows(bias_slots)
+    _cpu(as_rows(rows), weight, bias, segments.row_index, np.float32(eps), as_rows(out), np.uint64(out.shape[1]))
     return out
 
 
@@ -53,18 +54,19 @@ def reference(
 
 
 @numba.njit(parallel=True, nogil=True, cache=True, fastmath={"contract", "reassoc"})
-def _cpu(rows, weight, bias, row_of, slot_of, eps, out):  # type: ignore[no-untyped-def]
-    width = rows.shape[1]
-    for n in numba.prange(len(row_of)):
-        t, p = row_of[n], slot_of[n]
+def _cpu(rows, weight, bias, row_index, eps, out, width):  # type: ignore[no-untyped-def]
+    (x, x_stride), (g, g_stride), (b, b_stride), (y, y_stride) = rows, weight, bias, out
+    for n in numba.prange(row_index.shape[0]):
+        t, p = row_index[n, 0], row_index[n, 1]
+        x0, y0, g0, b0 = t * x_stride, t * y_stride, p * g_stride, p * b_stride
         total = np.float32(0.0)
         for h in range(width):
-            total += load(rows[t, h])
+            total += load(x[x0 + h])
         mean = total / np.float32(width)
         squares = np.float32(0.0)
         for h in range(width):
-            centred = load(rows[t, h]) - mean
+            centred = load(x[x0 + h]) - mean
             squares += centred * centred
         inverse = np.float32(1.0) / np.sqrt(squares / np.float32(width) + eps)
         for h in range(width):
-            store(out, t, h, (load(rows[t, h]) - mean) * inverse * load(weight[p, h]) + load(bias[p, h]))
+            store(y, y0 + h, (load(x[x0 + h]) - mean) * inverse * load(g[g0 + h]) + load(b[b0 + h]))

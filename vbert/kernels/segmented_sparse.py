@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numba
 import numpy as np
 import torch
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
 from torch import Tensor
 
 from vbert.batch import Segments
 from vbert.errors import ShapeError
 from vbert.kernels.backend import Backend, pick
-from vbert.kernels.bf16 import as_array, load, store
+from vbert.kernels.rows import as_rows, load, store, use_threads
 
 __all__ = ["segmented_sparse"]
 
@@ -44,8 +49,10 @@ def segmented_sparse(
         raise ShapeError(f"row starts {list(row_starts.shape)} do not fit hidden {list(hidden.shape)}")
     if pick(backend, hidden) is Backend.REFERENCE:
         return reference(hidden, row_starts, columns, values, segments, out)
-    slot, start, stop = segments.blocks(_BLOCK_ROWS)
-    _cpu(as_array(hidden), row_starts.numpy(), columns.numpy(), as_array(values), slot, start, stop, as_array(out))
+    use_threads(len(segments.rows) * columns.shape[1] // 4)
+    matrix = as_rows(row_starts), as_rows(columns), as_rows(values)
+    widths = np.uint64(hidden.shape[1]), np.uint64(out.shape[1])
+    _cpu(as_rows(hidden), *matrix, segments.blocks(_BLOCK_ROWS), as_rows(out), *widths)
     return out
 
 
@@ -62,23 +69,46 @@ def reference(
     return out
 
 
+@intrinsic
+def _axpy_block(typing_context, total, at, x, start, value):  # type: ignore[no-untyped-def]
+    """total[at : at + 32] += x[start : start + 32] * value, as one vector: a loop would be guarded against overlap."""
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        vector = ir.VectorType(ir.FloatType(), _BLOCK_ROWS)
+
+        def address(i: int) -> Any:
+            data = context.make_array(signature.args[i])(context, builder, args[i]).data
+            return builder.bitcast(builder.gep(data, [args[i + 1]]), vector.as_pointer())
+
+        target = address(0)
+        splat = builder.insert_element(ir.Constant(vector, ir.Undefined), args[4], ir.Constant(ir.IntType(32), 0))
+        zeros = ir.Constant(ir.VectorType(ir.IntType(32), _BLOCK_ROWS), None)
+        product = builder.fmul(
+            builder.load(address(2), align=4), builder.shuffle_vector(splat, splat, zeros), flags=("contract",)
+        )
+        builder.store(builder.fadd(builder.load(target, align=4), product, flags=("contract",)), target, align=4)
+        return context.get_dummy_value()
+
+    return types.void(total, at, x, start, value), generate
+
+
 @numba.njit(parallel=True, nogil=True, cache=True, fastmath={"contract"})
-def _cpu(hidden, row_starts, columns, values, slot, start, stop, out):  # type: ignore[no-untyped-def]
-    width_in, width_out = hidden.shape[1], out.shape[1]
-    for b in numba.prange(len(slot)):
-        p, first, count = slot[b], start[b], stop[b] - start[b]
-        total = np.zeros((width_out, _BLOCK_ROWS), np.float32)  # transposed: one non-zero touches 32 rows at once
-        x = np.zeros(_BLOCK_ROWS, np.float32)
-        for k in range(width_in):
-            begin, end = row_starts[p, k], row_starts[p, k + 1]
-            if begin == end:
-                continue
-            for r in range(count):
-                x[r] = load(hidden[first + r, k])
-            for e in range(begin, end):
-                column, value = columns[p, e], load(values[p, e])
-                for r in range(_BLOCK_ROWS):
-                    total[column, r] += x[r] * value
+def _cpu(hidden, row_starts, columns, values, blocks, out, width_in, width_out):  # type: ignore[no-untyped-def]
+    (x, x_stride), (y, y_stride), (c, c_stride), (v, v_stride) = hidden, out, columns, values
+    starts, starts_stride = row_starts
+    size = np.uint64(_BLOCK_ROWS)
+    for n in numba.prange(blocks.shape[0]):
+        p, first, count = blocks[n, 0], blocks[n, 1], blocks[n, 2]
+        c0, v0, s0 = p * c_stride, p * v_stride, p * starts_stride
+        inputs = np.zeros(width_in * size, np.float32)  # transposed: one non-zero touches all rows of the block
+        total = np.zeros(width_out * size, np.float32)
         for r in range(count):
+            for k in range(width_in):
+                inputs[k * size + r] = load(x[(first + r) * x_stride + k])
+        for k in range(width_in):
+            for e in range(np.uint64(starts[s0 + k]), np.uint64(starts[s0 + k + np.uint64(1)])):
+                _axpy_block(total, np.uint64(c[c0 + e]) * size, inputs, k * size, load(v[v0 + e]))  # type: ignore[call-arg]
+        for r in range(count):
+            y0 = (first + r) * y_stride
             for h in range(width_out):
-                store(out, first + r, h, load(out[first + r, h]) + total[h, r])
+                store(y, y0 + h, load(y[y0 + h]) + total[h * size + r])

@@ -1,0 +1,166 @@
+"""The native file: what is written is read back, and whatever is wrong with a file is said before it is used."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from tests.random_tenants import DELTA_KINDS, HEADS, Factory
+from tests.tiny import tiny_backbone
+from vbert.arena import Arena
+from vbert.checkpoint import parse_header, read_header, read_tenant_bytes, write_tenant
+from vbert.errors import CorruptFile, WrongBackbone
+from vbert.formats.transformers_folder import read_backbone
+from vbert.layout import kind_of
+from vbert.tenant import SelfTest
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    return read_backbone(tiny_backbone("bert", tmp_path_factory.mktemp("bert")))
+
+
+@pytest.fixture
+def module(backbone):
+    return Factory(backbone, seed=1).tenant("lora", "houlsby", "diff")
+
+
+def rewrite(data, change_meta=None, change_tensors=None):
+    """The same file with its metadata or tensors changed, still valid safetensors."""
+    size = int.from_bytes(data[:8], "little")
+    meta = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["vbert"])
+    tensors = load(data)
+    if change_meta:
+        change_meta(meta)
+    if change_tensors:
+        change_tensors(tensors)
+    return save(tensors, metadata={"vbert": json.dumps(meta)})
+
+
+def as_dict(delta):
+    return {name: getattr(delta, name) for name in delta.__slots__}
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("kind", DELTA_KINDS)
+def test_round_trip(backbone, kind, head):
+    module = Factory(backbone, seed=2).tenant(kind, head=head)
+    data = write_tenant(module)
+    again = read_tenant_bytes(data)
+    assert write_tenant(again) == data
+    assert (again.head.kind, again.head.labels, again.head.problem) == (
+        module.head.kind,
+        module.head.labels,
+        module.head.problem,
+    )
+
+    def ordered(deltas):
+        return sorted(deltas, key=lambda d: (kind_of(d), d.layer, d.site))
+
+    for a, b in zip(ordered(again.deltas), ordered(module.deltas), strict=True):
+        for name, value in as_dict(b).items():
+            other = as_dict(a)[name]
+            assert torch.equal(other, value) if isinstance(value, torch.Tensor) else other == value
+
+
+def test_header_says_what_is_inside(backbone, module, tmp_path):
+    path = tmp_path / "t"
+    path.write_bytes(write_tenant(module))
+    header = read_header(path)
+    header.check(backbone.config, backbone.fingerprint)
+    assert set(header.kinds) == {"low_rank", "bottleneck", "affine", "sparse"}
+    assert header.lowest_layer == -1  # Diff pruning tunes the LayerNorm of the embeddings
+    assert header.num_bytes == path.stat().st_size
+
+
+def test_another_backbone_is_refused(backbone, module):
+    header = parse_header(write_tenant(module))
+    with pytest.raises(WrongBackbone, match="convert or train it again"):
+        header.check(backbone.config, "sha256:" + "0" * 64)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 20, 1000, -1])
+def test_truncated_files_are_refused(module, keep):
+    data = write_tenant(module)
+    with pytest.raises(CorruptFile):
+        read_tenant_bytes(data[:keep])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda m: m.update(version=99), "version 99"),
+        (lambda m: m.pop("head"), "malformed"),
+        (lambda m: m["head"].update(kind="oracle"), "oracle"),
+        (lambda m: m["head"].update(labels=["a"]), "1 labels"),
+        (lambda m: m["head"].update(labels=[1, 2, 3]), "strings"),
+        (lambda m: m["head"].update(pooling="none"), "cannot have pooling"),
+        (lambda m: m["layouts"].update(magic=[]), "magic"),
+        (lambda m: m["layouts"]["low_rank"].pop(), "promises"),
+        (lambda m: m["layouts"]["low_rank"][0].__setitem__(4, [-3, 2]), "size"),
+        (lambda m: m["layouts"].update(low_rank="no"), "malformed"),
+        (lambda m: m.update(num_self_tests=2), "self_test.0"),
+    ],
+)
+def test_lying_metadata_is_refused(module, change, says):
+    with pytest.raises(CorruptFile, match=says):
+        read_tenant_bytes(rewrite(write_tenant(module), change_meta=change))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused(module, value):
+    data = rewrite(write_tenant(module), change_tensors=lambda t: t["delta.low_rank"].__setitem__(5, value))
+    with pytest.raises(CorruptFile, match=r"delta\.low_rank.*NaN or infinity"):
+        read_tenant_bytes(data)
+
+
+def test_not_safetensors_and_foreign_safetensors_are_refused():
+    with pytest.raises(CorruptFile):
+        read_tenant_bytes(b"PK\x03\x04" * 100)
+    with pytest.raises(CorruptFile, match="not a native tenant file"):
+        read_tenant_bytes(save({"x": torch.zeros(2)}))
+
+
+def test_unexplained_tensors_are_refused(module):
+    data = rewrite(write_tenant(module), change_tensors=lambda t: t.update(extra=torch.zeros(1)))
+    with pytest.raises(CorruptFile, match="extra"):
+        read_tenant_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [("delta.sparse.columns", 10_000, "column"), ("delta.sparse.row_starts", 10_000, "row starts")],
+)
+def test_sparse_indices_outside_the_matrix_are_refused_at_load(backbone, module, tmp_path, name, value, says):
+    """Kernels do not check bounds, so the arena must."""
+    import hashlib
+
+    data = rewrite(write_tenant(module), change_tensors=lambda t: t[name].__setitem__(3, value))
+    path = tmp_path / "t"
+    path.write_bytes(data)
+    arena = Arena(backbone.config, backbone.fingerprint, torch.float32, 2**20)
+    reservation = arena.reserve(parse_header(data), hashlib.sha256(data).hexdigest())
+    with pytest.raises(CorruptFile, match=says):
+        arena.fill(reservation, path)
+
+
+def test_an_altered_file_is_refused_at_load(backbone, module, tmp_path):
+    data = write_tenant(module)
+    path = tmp_path / "t"
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    arena = Arena(backbone.config, backbone.fingerprint, torch.float32, 2**20)
+    reservation = arena.reserve(parse_header(data), "0" * 64)
+    with pytest.raises(CorruptFile, match="altered or cut"):
+        arena.fill(reservation, path)
+
+
+def test_self_tests_travel_with_the_file(backbone):
+    module = Factory(backbone, seed=2).tenant("lora")
+    test = SelfTest(token_ids=torch.tensor([2, 5, 3]), type_ids=torch.tensor([0, 0, 0]), expected=torch.randn(3))
+    module = type(module)(
+        backbone_fingerprint=module.backbone_fingerprint, deltas=module.deltas, head=module.head, self_tests=(test,)
+    )
+    (again,) = read_tenant_bytes(write_tenant(module)).self_tests
+    assert torch.equal(again.expected, test.expected)
+    assert torch.equal(again.token_ids, test.token_ids)
