@@ -23,11 +23,16 @@ help:
 
 # ---- environments -------------------------------------------------------------------------------------------------
 
+# A comma would end an argument of `call`, so the lists of extras have names.
+TEST_EXTRAS := [train,bench,dev]
+TF5_EXTRAS := [train,dev]
+
 # $(call environment,FOLDER,CONSTRAINTS,EXTRAS)
 define environment
 @test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 with venv and ensurepip found: install one, or give make PYTHON=..." >&2; exit 2; }
-test -x $1/bin/pip || "$(PYTHON)" -m venv $1
-$1/bin/python -m pip install --quiet --disable-pip-version-check --no-input -c $2 -e '.$3'
+@echo "$1: installing (minutes the first time, nothing to do the next)"
+@test -x $1/bin/pip || "$(PYTHON)" -m venv $1
+@$1/bin/python -m pip install --quiet --disable-pip-version-check --no-input -c $2 -e '.$3'
 @touch $@
 endef
 
@@ -35,10 +40,10 @@ endef
 	$(call environment,.venv,constraints.txt,)
 
 .venv-test/.done: pyproject.toml constraints.txt
-	$(call environment,.venv-test,constraints.txt,[train,bench,dev])
+	$(call environment,.venv-test,constraints.txt,$(TEST_EXTRAS))
 
 .venv-tf5/.done: pyproject.toml constraints-tf5.txt
-	$(call environment,.venv-tf5,constraints-tf5.txt,[train,dev])
+	$(call environment,.venv-tf5,constraints-tf5.txt,$(TF5_EXTRAS))
 
 # ---- serve --------------------------------------------------------------------------------------------------------
 
