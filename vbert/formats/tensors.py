@@ -6,7 +6,8 @@ All tensors leave as fp32 host tensors, checked to be finite.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from vbert.errors import CorruptFile, RefusedCheckpoint
 
-__all__ = ["read_json", "read_tensors", "weight_files"]
+__all__ = ["read_json", "read_tensors", "tensor_keys", "weight_files"]
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -60,12 +61,27 @@ def read_tensors(files: list[Path], wanted: Callable[[str], bool] = lambda key: 
     """
     tensors: dict[str, Tensor] = {}
     for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors |= {key: file.get_tensor(key) for key in file.keys() if wanted(key)}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CorruptFile(f"{path} cannot be read ({error}); copy or save it again") from None
+        with _opened(path) as file:
+            tensors |= {key: file.get_tensor(key) for key in file.keys() if wanted(key)}  # noqa: SIM118
     return {key: _as_fp32(key, tensor) for key, tensor in tensors.items()}
+
+
+def tensor_keys(files: list[Path]) -> list[str]:
+    """The keys alone; no tensor is read. Raises: CorruptFile."""
+    keys: list[str] = []
+    for path in files:
+        with _opened(path) as file:
+            keys += file.keys()
+    return keys
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CorruptFile(f"{path} cannot be read ({error}); copy or save it again") from None
 
 
 def _as_fp32(key: str, tensor: Tensor) -> Tensor:

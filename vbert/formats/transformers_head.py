@@ -1,0 +1,65 @@
+"""A `transformers` folder with a task head over the backbone's own encoder weights: a tenant that is only a head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from vbert.errors import RefusedCheckpoint
+from vbert.formats.names import NAMES
+from vbert.formats.task_head import KIND_OF_TASK, POOLER, backbone_dense, build_head
+from vbert.formats.tensors import read_json, tensor_keys, weight_files
+from vbert.formats.transformers_folder import Backbone, read_backbone
+from vbert.tenant import Dense, TenantModule
+
+__all__ = ["read_transformers_head"]
+
+_TASKS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS", "Model": "FEATURE_EXTRACTION"}
+
+
+def read_transformers_head(folder: Path, backbone: Backbone, task: str | None = None) -> TenantModule:
+    """Read the head of a whole model. task: a head kind; needed to make a one-label classifier a reranker.
+
+    Raises: RefusedCheckpoint for another encoder, another architecture or weights that no known head uses.
+    """
+    config = read_json(folder / "config.json")
+    architecture = str((config.get("architectures") or [None])[0])
+    peft_task = next((name for suffix, name in _TASKS.items() if architecture.endswith(suffix)), None)
+    if peft_task is None:
+        raise RefusedCheckpoint(
+            f"architecture {architecture} is not served; a sequence or token classifier or a bare encoder is",
+            param="architectures",
+        )
+    other = read_backbone(folder)
+    _check_same_encoder(backbone, other)
+    used: set[str] = set()
+
+    def dense(path: str) -> Dense:
+        used.add(path)
+        # A pooler that the folder left out is the backbone's own.
+        return backbone_dense(backbone if path == POOLER and not other.config.has_pooler else other, path)
+
+    head = other.embed_head if KIND_OF_TASK[peft_task] == "embed" else None
+    head = head or build_head(backbone, peft_task, task, config, dense)
+    _refuse_leftovers(folder, backbone.config.model_type, used)
+    source = {"format": "transformers", "architecture": architecture}
+    return TenantModule(backbone_fingerprint=backbone.fingerprint, deltas=(), head=head, source=source)
+
+
+def _check_same_encoder(backbone: Backbone, other: Backbone) -> None:
+    for name, weight in backbone.weights.items():
+        if name.startswith("pooler."):
+            continue
+        if name not in other.weights or not torch.equal(weight, other.weights[name]):
+            raise RefusedCheckpoint(
+                f"{name} differs from the backbone's: a fully fine-tuned encoder is not served; train an adapter on "
+                "the backbone, or serve this folder as a backbone of its own"
+            )
+
+
+def _refuse_leftovers(folder: Path, model_type: str, used: set[str]) -> None:
+    encoder = (f"{NAMES[model_type].prefix}.", "embeddings.", "encoder.", "transformer.", "pooler.")
+    for key in tensor_keys(weight_files(folder)):
+        if not key.startswith(encoder) and key.rpartition(".")[0] not in used:
+            raise RefusedCheckpoint(f"{folder.name} holds {key}, which no head of a {model_type} encoder uses")
