@@ -1,0 +1,108 @@
+"""`TrainConfig`: every setting of a training run, declared once. Flags, recipes and docs/training.md derive from it."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from training.data import TASKS
+from vbert.config import ACTIVATIONS, LINEAR_SITES
+from vbert.errors import ConfigError
+
+__all__ = ["METHODS", "PLACEMENTS", "TrainConfig", "read_recipe"]
+
+METHODS = ("lora", "bottleneck", "bitfit", "head")
+PLACEMENTS = {
+    "houlsby": ("attn.output>output", "ffn.output>output"),
+    "pfeiffer": ("ffn.normed>output",),
+    "parallel": ("ffn.input>output",),
+}
+_PATHS = ("backbone", "train", "dev", "test", "out")
+
+
+def _setting(default: Any, help_text: str, *, choices: tuple[str, ...] = (), at_least: float | None = None) -> Any:
+    """A field with what `--help` says of it and what its value is checked against."""
+    return field(default=default, metadata={"help": help_text, "choices": choices, "at_least": at_least})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """One tenant. The defaults are those of training/recipes/lora.toml."""
+
+    backbone: str = _setting("", "transformers folder of the frozen backbone (safetensors)")
+    train: str = _setting("", "rows to learn from: .jsonl or .jsonl.gz")
+    dev: str = _setting("", "rows that pick the best epoch; empty: a share of the training rows is held out")
+    test: str = _setting("", "rows that are measured once at the end; empty: none")
+    out: str = _setting("", "native tenant file to write (.safetensors)")
+    task: str = _setting("classify", "what a row asks for; pairs are classify or regression", choices=TASKS)
+
+    method: str = _setting("lora", "what is trained beside the head; head: nothing", choices=METHODS)
+    top_layers: int = _setting(0, "layers that get deltas, counted from the top; 0: all", at_least=0)
+    rank: int = _setting(8, "lora: rank", at_least=1)
+    alpha: float = _setting(16.0, "lora: the update is scaled by alpha / rank", at_least=0)
+    targets: tuple[str, ...] = _setting(("q", "v"), "lora: the linears that are updated", choices=LINEAR_SITES)
+    lora_dropout: float = _setting(0.0, "lora: dropout on the rows that enter an update", at_least=0)
+    bottleneck_size: int = _setting(32, "bottleneck: width", at_least=1)
+    placement: str = _setting("pfeiffer", "bottleneck: where in a layer", choices=tuple(PLACEMENTS))
+    activation: str = _setting("gelu", "bottleneck: between its two layers", choices=ACTIVATIONS)
+
+    pooling: str = _setting(
+        "auto", "states to one row a sequence; auto: as the backbone folder says", choices=("auto", "mean", "cls")
+    )
+    inner_size: int = _setting(0, "width of a tanh layer in the head; 0: one linear layer", at_least=0)
+    head_dropout: float = _setting(0.0, "dropout before each layer of the head", at_least=0)
+
+    epochs: int = _setting(3, "passes over the training rows", at_least=1)
+    batch_size: int = _setting(32, "rows in one step", at_least=1)
+    lr: float = _setting(1e-3, "highest learning rate of the deltas", at_least=0)
+    head_lr: float = _setting(5e-3, "highest learning rate of the head", at_least=0)
+    weight_decay: float = _setting(0.01, "AdamW's weight decay", at_least=0)
+    warmup_share: float = _setting(0.06, "part of the steps in which the rates rise; then they fall to 0", at_least=0)
+    label_smoothing: float = _setting(0.0, "part of the target that is spread over all classes", at_least=0)
+    max_grad_norm: float = _setting(1.0, "gradients are scaled down to this norm", at_least=0)
+
+    max_length: int = _setting(128, "tokens of a row, longer ones are cut; the tenant still serves longer", at_least=4)
+    max_train_rows: int = _setting(0, "rows of the training file that are used, drawn at random; 0: all", at_least=0)
+    dev_share: float = _setting(0.1, "part of the training rows held out where there is no dev file", at_least=0)
+    frozen_cache_bytes: int = _setting(
+        2**30, "states of layers below the lowest delta are kept between epochs up to this size", at_least=0
+    )
+    seed: int = _setting(0, "of initial weights, order and dropout", at_least=0)
+    device: str = _setting("auto", "auto is cuda where there is one", choices=("auto", "cpu", "cuda"))
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            _check(each.name, getattr(self, each.name), each.default, each.metadata)
+        for name in ("lora_dropout", "head_dropout", "label_smoothing", "dev_share"):
+            if getattr(self, name) >= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; give a share below 1")
+
+
+def _check(name: str, value: Any, default: Any, rules: Any) -> None:
+    wanted = (int, float) if isinstance(default, float) else type(default)
+    if not isinstance(value, wanted) or isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r}; give a value like {default!r}", param=name)
+    if bad := [
+        v for v in (value if isinstance(value, tuple) else [value]) if rules["choices"] and v not in rules["choices"]
+    ]:
+        raise ConfigError(f"{name} is {bad[0]!r}; use {', '.join(rules['choices'])}", param=name)
+    if rules["at_least"] is not None and not value >= rules["at_least"]:
+        raise ConfigError(f"{name} is {value}; it must be at least {rules['at_least']}", param=name)
+
+
+def read_recipe(path: Path | str) -> dict[str, Any]:
+    """The settings of a TOML recipe, as keywords of `TrainConfig`. Paths in it are relative to its own folder."""
+    path = Path(path)
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"recipe {path} cannot be read ({error}); give a TOML file") from None
+    if unknown := sorted(settings.keys() - {each.name for each in fields(TrainConfig)}):
+        raise ConfigError(f"recipe {path} sets {unknown[0]!r}, which is no setting; docs/training.md lists them")
+    folder = path.resolve().parent
+    return {
+        name: tuple(value) if isinstance(value, list) else str(folder / value) if name in _PATHS else value
+        for name, value in settings.items()
+    }

@@ -1,0 +1,63 @@
+"""A trained model into a native tenant file, with self-test vectors from the training forward.
+
+The vectors are what the server replays before it trusts a loaded tenant. They come from the autograd model in fp32 on
+the CPU, one sequence at a time, never from the path that serves.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.data import Example
+from training.model import PaddedBatch, TenantModel
+from vbert.checkpoint import write_tenant
+from vbert.tenant import SelfTest, TenantModule
+
+__all__ = ["NUM_SELF_TESTS", "export", "self_tests", "write"]
+
+NUM_SELF_TESTS = 4
+
+
+def export(model: TenantModel, fingerprint: str, examples: Sequence[Example], source: dict[str, Any]) -> TenantModule:
+    """The tenant of a trained model, which is moved to the CPU; `examples` are those to choose self-tests from."""
+    model.cpu().eval()
+    return TenantModule(
+        backbone_fingerprint=fingerprint,
+        deltas=tuple(delta.export() for delta in model.trainables),
+        head=model.head.export(),
+        self_tests=self_tests(model, examples),
+        source=source,
+    )
+
+
+@torch.no_grad()
+def self_tests(model: TenantModel, examples: Sequence[Example]) -> tuple[SelfTest, ...]:
+    """Up to NUM_SELF_TESTS examples spread over the lengths, with the model's own outputs in fp32."""
+    ordered = sorted(examples, key=lambda example: len(example.token_ids))
+    last = max(1, min(NUM_SELF_TESTS, len(ordered)) - 1)
+    chosen = {round(i * (len(ordered) - 1) / last) for i in range(last + 1)}
+    return tuple(_self_test(model, ordered[i]) for i in sorted(chosen))
+
+
+def _self_test(model: TenantModel, example: Example) -> SelfTest:
+    token_ids, type_ids = example.token_ids[None], example.type_ids[None]
+    batch = PaddedBatch(mask=torch.ones_like(token_ids, dtype=torch.bool), token_ids=token_ids, type_ids=type_ids)
+    return SelfTest(token_ids=example.token_ids, type_ids=example.type_ids, expected=model(batch)[0].clone())
+
+
+def write(module: TenantModule, path: Path) -> int:
+    """Write the native file and return its bytes. A reader sees the old file or the whole new one, never a part."""
+    data = write_tenant(module)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    return len(data)

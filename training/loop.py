@@ -1,0 +1,123 @@
+"""`fit`: the only training loop. AdamW, linear warm-up and decay, gradient clipping, and the best epoch on dev kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
+
+from training.batches import Dataset
+from training.data import IGNORED
+from training.model import TenantModel
+from training.progress import Progress
+from vbert.errors import ConfigError
+
+__all__ = ["FitReport", "FitSettings", "fit"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitSettings:
+    """Numbers of one fit; training.config.TrainConfig explains them."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+    head_lr: float
+    weight_decay: float
+    warmup_share: float
+    label_smoothing: float
+    max_grad_norm: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class FitReport:
+    """losses: mean training loss of each epoch. dev_metrics: after each epoch. best_epoch: from 0."""
+
+    losses: tuple[float, ...]
+    dev_metrics: tuple[float, ...]
+    best_epoch: int
+
+
+def fit(
+    model: TenantModel, train: Dataset, dev_metric: Callable[[], float], settings: FitSettings, progress: Progress
+) -> FitReport:
+    """Train in place; the model is left in the state of the epoch with the highest dev metric (the first of equals).
+
+    The same model state, data and settings give the same result on the same machine and thread count: order and
+    dropout come from `settings.seed`, and the caller's random state is left as it was.
+    """
+    generator = torch.Generator().manual_seed(settings.seed)
+    num_steps = settings.epochs * -(-len(train) // settings.batch_size)
+    optimizer, schedule = _optimizer(model, settings, num_steps)
+    losses: list[float] = []
+    metrics: list[float] = []
+    best: dict[str, Tensor] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        for epoch in range(settings.epochs):
+            model.train()
+            total = 0.0
+            for batch_idx, indices in enumerate(train.shuffled(settings.batch_size, generator)):
+                total += _step(model, train, indices, optimizer, schedule, settings) * len(indices)
+                done = epoch * (num_steps // settings.epochs) + batch_idx + 1
+                progress(f"training: epoch {epoch + 1}/{settings.epochs}{_shown(losses, metrics)}", done, num_steps)
+            losses.append(total / len(train))
+            metrics.append(dev_metric())
+            if metrics[-1] > max(metrics[:-1], default=-float("inf")):
+                best = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    progress(f"training: done{_shown(losses, metrics)}", num_steps, num_steps)
+    model.load_state_dict(best)
+    model.eval()
+    return FitReport(tuple(losses), tuple(metrics), metrics.index(max(metrics)))
+
+
+def _shown(losses: list[float], metrics: list[float]) -> str:
+    return f", loss {losses[-1]:.3f}, dev {metrics[-1]:.3f}" if losses else ""
+
+
+def _step(
+    model: TenantModel,
+    train: Dataset,
+    indices: list[int],
+    optimizer: torch.optim.Optimizer,
+    schedule: LambdaLR,
+    settings: FitSettings,
+) -> float:
+    batch, target = train.batch(indices, model.device)
+    loss = _loss(model, model(batch), target, settings.label_smoothing)
+    if not torch.isfinite(loss):
+        raise ConfigError(f"the loss is {loss.item()} with lr {settings.lr} and head_lr {settings.head_lr}; lower them")
+    loss.backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def _loss(model: TenantModel, output: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
+    if model.head.problem == "regression":
+        return F.mse_loss(output[:, 0], target) / model.head.target_std**2
+    return F.cross_entropy(
+        output.flatten(0, -2), target.flatten(), ignore_index=IGNORED, label_smoothing=label_smoothing
+    )
+
+
+def _optimizer(model: TenantModel, settings: FitSettings, num_steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """Two groups, deltas and head, each with its own rate; both rise over the warm-up and fall to zero at the end."""
+    groups = [
+        {"params": list(model.deltas.parameters()), "lr": settings.lr},
+        {"params": list(model.head.parameters()), "lr": settings.head_lr},
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=settings.weight_decay)
+    warmup_steps = max(1, round(settings.warmup_share * num_steps))
+
+    def factor(step: int) -> float:
+        return min((step + 1) / warmup_steps, max(0.0, (num_steps - step) / max(1, num_steps - warmup_steps)))
+
+    return optimizer, LambdaLR(optimizer, factor)

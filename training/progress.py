@@ -1,0 +1,40 @@
+"""How long work tells how far it is: a callback, and the bar that draws it in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+__all__ = ["Progress", "progress_bar", "silent"]
+
+Progress = Callable[[str, int, int], None]  # what is going on, steps done, steps in all
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """No progress shown."""
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A `rich` bar on standard error; one line a stage, a stage being what stands before the colon."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        stages = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            stage = what.split(":")[0]
+            if stage not in stages:
+                stages[stage] = bar.add_task(what, total=total)
+            bar.update(stages[stage], description=what, completed=done, total=total)
+
+        yield show
