@@ -42,12 +42,9 @@ def segmented_bottleneck(
         )
     if pick(backend, hidden) is Backend.REFERENCE:
         return reference(hidden, down, down_bias, up, up_bias, segments, activation, out)
-    slots = segments.chunk_slots
-    narrow = torch.baddbmm(
-        down_bias.index_select(0, slots).unsqueeze(1), segments.take(hidden), down.index_select(0, slots)
-    )
-    narrow = activate(narrow, activation)
-    update = torch.baddbmm(up_bias.index_select(0, slots).unsqueeze(1), narrow, up.index_select(0, slots))
+    narrow_bias, wide_bias = segments.gather(down_bias).unsqueeze(1), segments.gather(up_bias).unsqueeze(1)
+    narrow = activate(torch.baddbmm(narrow_bias, segments.take(hidden), segments.gather(down)), activation)
+    update = torch.baddbmm(wide_bias, narrow, segments.gather(up))
     segments.add_(out, update)
     return out
 

@@ -53,7 +53,6 @@ def reference(hidden: Tensor, a_slots: Tensor, b_slots: Tensor, segments: Segmen
 def _cpu(chunks: Tensor, a_slots: Tensor, b_slots: Tensor, segments: Segments, out: Tensor) -> Tensor:
     # Batched products over equal chunks: 5 times faster here than one product a segment at 64 tenants, and bfloat16
     # reaches the matrix unit. Gathering the slots copies 2 H R numbers a chunk, which is less than its rows.
-    slots = segments.chunk_slots
-    update = torch.bmm(torch.bmm(chunks, a_slots.index_select(0, slots)), b_slots.index_select(0, slots))
+    update = torch.bmm(torch.bmm(chunks, segments.gather(a_slots)), segments.gather(b_slots))
     segments.add_(out, update)
     return out
