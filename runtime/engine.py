@@ -173,10 +173,14 @@ class Engine:
         *,
         activate: bool = True,
         if_match: int | None = None,
+        task: str | None = None,
     ) -> TenantVersion:
-        """Register a checkpoint folder of any readable format, a native file, or its bytes, as a new version."""
-        version, _ = await self._running.tenants.add(tenant, source, activate=activate, if_match=if_match)
-        return version
+        """Register a checkpoint folder of any readable format, a native file, or its bytes, as a new version.
+
+        task: a head kind, where a folder leaves open what it is for.
+        """
+        tenants = self._running.tenants
+        return (await tenants.add(tenant, source, activate=activate, if_match=if_match, task=task))[0]
 
     async def put_tenant(self, tenant: str, data: bytes, *, if_match: int | None = None) -> tuple[TenantVersion, bool]:
         """Register a native file's bytes and serve it; returns the version and whether it is new."""

@@ -41,7 +41,7 @@ class Health:
     waiting_since_s: Callable[[], float | None]
     loop_lag: Histogram
     clock: Clock
-    _error: str | None = field(default="no canary has run yet", init=False)
+    _error: str | None = field(default="no canary was answered yet", init=False)
     _checked_s: float | None = field(default=None, init=False)
     _duration_s: float = field(default=0.0, init=False)
 

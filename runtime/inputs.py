@@ -26,7 +26,7 @@ def check_method(served: Served, method: str) -> None:
 def check_inputs(inputs: Any, method: str, *, max_inputs: int, max_chars: int) -> list[Input]:
     """The inputs as a list. Raises BadRequest (wrong type, none, empty text), RequestTooLarge (too many, too long)."""
     if isinstance(inputs, str) or not isinstance(inputs, Sequence):
-        raise BadRequest(f"the input is one {type(inputs).__name__}; send a list of inputs", param="input")
+        raise BadRequest(f"the input is of type {type(inputs).__name__}; send a list of inputs", param="input")
     if not inputs:
         raise BadRequest("the list of inputs is empty; send at least one", param="input")
     if len(inputs) > max_inputs:
@@ -39,11 +39,13 @@ def check_inputs(inputs: Any, method: str, *, max_inputs: int, max_chars: int) -
 def as_pairs(query: Any, documents: Any) -> list[tuple[str, str]]:
     """A query beside each document. Raises BadRequest."""
     if not isinstance(query, str):
-        raise BadRequest(f"the query is a {type(query).__name__}; send one text", param="query")
+        raise BadRequest(f"the query is of type {type(query).__name__}; send one text", param="query")
     if isinstance(documents, str) or not isinstance(documents, Sequence) or not documents:
         raise BadRequest("documents must be a list of at least one text", param="documents")
     if bad := [i for i, document in enumerate(documents) if not isinstance(document, str)]:
-        raise BadRequest(f"document {bad[0]} is a {type(documents[bad[0]]).__name__}; send texts", param="documents")
+        raise BadRequest(
+            f"document {bad[0]} is of type {type(documents[bad[0]]).__name__}; send texts", param="documents"
+        )
     return [(query, document) for document in documents]
 
 
@@ -70,7 +72,7 @@ def in_chunks(inputs: Sequence[Input]) -> Iterator[list[Input]]:
 
 def _check_input(i: int, item: Any, method: str, max_chars: int) -> None:
     if isinstance(item, bytes | bytearray) or not isinstance(item, str | Sequence):
-        raise BadRequest(f"input {i} is a {type(item).__name__}; send a text, a pair or a list", param="input")
+        raise BadRequest(f"input {i} is of type {type(item).__name__}; send a text, a pair or a list", param="input")
     pair = isinstance(item, tuple)
     if pair and (len(item) != 2 or not all(isinstance(part, str) for part in item)):
         raise BadRequest(f"input {i} is a tuple that is not two texts; send (first, second)", param="input")

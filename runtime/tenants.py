@@ -16,6 +16,8 @@ from runtime.lanes import Lanes
 from runtime.store import ModuleFacts, TenantStore, TenantVersion, check_tenant_id
 from vbert.arena import Arena
 from vbert.checkpoint import TenantHeader, check_sparse, load_tensors, parse_header, write_tenant
+from vbert.formats import read_tenant
+from vbert.formats.original import self_tests
 from vbert.formats.transformers_folder import Backbone
 
 __all__ = ["Tenants"]
@@ -37,9 +39,11 @@ class Tenants:
     removed: set[str] = field(default_factory=set)  # digests whose files may be garbage
 
     async def add(
-        self, tenant: str, source: Source, *, activate: bool, if_match: int | None
+        self, tenant: str, source: Source, *, activate: bool, if_match: int | None, task: str | None = None
     ) -> tuple[TenantVersion, bool]:
         """Register a checkpoint folder, a native file, or a native file's bytes; returns it and whether it is new.
+
+        `task`: a head kind, for folders that leave it open.
 
         Raises: InvalidTenantId, RefusedCheckpoint, CorruptFile, WrongBackbone, RequestTooLarge, ModuleTooLarge,
         StoreFull, VersionConflict.
@@ -48,7 +52,13 @@ class Tenants:
         if tenant == self.reserved:
             raise InvalidTenantId(f"{tenant!r} is the name of the backbone; choose another name", param="tenant")
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.lanes.imports, self._add, tenant, source, activate, if_match)
+        data = (
+            source
+            if isinstance(source, bytes)
+            else await loop.run_in_executor(self.lanes.imports, self._converted, Path(source), task)
+        )
+        put = partial(self._put, activate=activate, if_match=if_match)
+        return await loop.run_in_executor(self.lanes.imports, put, tenant, data)
 
     async def remove(self, tenant: str, *, if_match: int | None) -> None:
         """Forget a tenant. Requests already admitted are still answered; their files go when the last one is."""
@@ -67,19 +77,14 @@ class Tenants:
         """A method of the store, on its thread."""
         return await asyncio.get_running_loop().run_in_executor(self.lanes.store, method, *args)
 
-    def _add(self, tenant: str, source: Source, activate: bool, if_match: int | None) -> tuple[TenantVersion, bool]:
-        data = source if isinstance(source, bytes) else self._converted(Path(source))
-        facts = self._checked(data)
-        return self.store.put(tenant, data, facts, activate=activate, if_match=if_match)
+    def _put(self, tenant: str, data: bytes, *, activate: bool, if_match: int | None) -> tuple[TenantVersion, bool]:
+        return self.store.put(tenant, data, self._checked(data), activate=activate, if_match=if_match)
 
-    def _converted(self, path: Path) -> bytes:
+    def _converted(self, path: Path, task: str | None) -> bytes:
         """A native file as it is; anything else read into deltas, with the original library's answers as self-tests."""
         if path.is_file() and path.suffix == ".safetensors":
             return path.read_bytes()
-        from vbert.formats import read_tenant
-        from vbert.formats.original import self_tests
-
-        module = read_tenant(path, self.backbone)
+        module = read_tenant(path, self.backbone, task=task)
         if not module.self_tests:
             module = replace(module, self_tests=self_tests(path, self.backbone, module))
         return write_tenant(module)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from runtime.request import BatchPlan, TenantKey, Waiting
-from runtime.scheduler import View
+from runtime.scheduler import BatchPolicy, TokenBudget, View
 from runtime.waiting import WaitingQueue
 
 
@@ -90,3 +91,16 @@ class Line:
 
 def slices(plan: BatchPlan):
     return [piece for batch in plan.batches for piece in batch.slices]
+
+
+class GatedPolicy:
+    """A policy that launches nothing while it is shut, so that a test decides when waiting ends. It starts open, for
+    the engine's first canary."""
+
+    def __init__(self, inner: BatchPolicy | None = None) -> None:
+        self.inner = inner or TokenBudget()
+        self.open = True
+
+    def plan(self, view: View) -> BatchPlan:
+        plan = self.inner.plan(view)
+        return plan if self.open else replace(plan, batches=(), wake_s=view.now_s + 0.001)

@@ -1,0 +1,146 @@
+"""The compute lane: what is wrong with one tenant stays its own trouble."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+
+from runtime.clock import MonotonicClock
+from runtime.errors import ComputeFailed
+from runtime.metrics import Metrics
+from runtime.pipeline import Pipeline
+from tests.serving.helpers import Dense
+from vbert.arena import Arena
+from vbert.checkpoint import parse_header, write_tenant
+from vbert.model import Model, SequenceInput
+
+WIDE = torch.float32, torch.device("cpu")
+
+
+class FlakyModel(Model):
+    """Raises when the tenants in `raises` are in a batch; gives NaN for sequences that begin with `poison`."""
+
+    raises: frozenset[str] = frozenset()
+    poison = -1
+
+    def forward(self, batch):
+        if {tenant.digest for tenant in batch.tenants} & self.raises:
+            raise RuntimeError("out of luck")
+        outputs = super().forward(batch)
+        starts = [int(batch.rows.token_ids[batch.rows.cu_seqlens[j]]) for j in range(len(batch.order))]
+        for j, i in enumerate(batch.order):
+            if starts[j] == self.poison:
+                outputs[i] = outputs[i] * float("nan")
+        return outputs
+
+
+@pytest.fixture
+def model(backbone):
+    return FlakyModel(backbone, *WIDE)
+
+
+@pytest.fixture
+async def pipeline(model):
+    with ThreadPoolExecutor(1) as lane:
+        yield Pipeline(model, lane, MonotonicClock(), Metrics())
+
+
+@pytest.fixture
+def tenants(backbone, factory, tmp_path):
+    """Three modules in an arena, and the arena."""
+    arena, resident = Arena(backbone.config, backbone.fingerprint, torch.float32, 2**20), []
+    for i, module in enumerate(factory.tenant(kind) for kind in ("lora", "houlsby", "mask")):
+        import hashlib
+
+        data = write_tenant(module)
+        path = tmp_path / f"{i}.safetensors"
+        path.write_bytes(data)
+        reservation = arena.reserve(parse_header(data), hashlib.sha256(data).hexdigest())
+        resident.append((module, arena.fill(reservation, path)))
+    return arena, resident
+
+
+async def run(pipeline, sequences):
+    done = asyncio.get_running_loop().create_future()
+    pipeline.launch(sequences, lambda outcomes, seconds: done.set_result(outcomes))
+    return await done
+
+
+def sequences(resident, ids=(5, 6, 7)):
+    return [SequenceInput(list(ids), [0] * len(ids), tenant) for _, tenant in resident for _ in range(2)]
+
+
+async def test_a_batch_gives_the_dense_answers(pipeline, tenants, backbone):
+    _, resident = tenants
+    outcomes = await run(pipeline, sequences(resident))
+    dense = Dense(backbone)
+    for i, outcome in enumerate(outcomes):
+        torch.testing.assert_close(
+            outcome, torch.from_numpy(dense.raw(resident[i // 2][0], [[5, 6, 7]])[0]), atol=1e-4, rtol=0
+        )
+
+
+async def test_a_tenant_that_raises_fails_alone(pipeline, model, tenants):
+    _, resident = tenants
+    fine = await run(pipeline, sequences(resident))
+    model.raises = frozenset({resident[1][1].digest})
+    outcomes = await run(pipeline, sequences(resident))
+    assert [isinstance(o, ComputeFailed) for o in outcomes] == [False, False, True, True, False, False]
+    assert "out of luck" in outcomes[2].message
+    for outcome, expected in zip(outcomes, fine, strict=True):
+        if not isinstance(outcome, ComputeFailed):
+            torch.testing.assert_close(outcome, expected, atol=1e-5, rtol=0)
+    assert pipeline._metrics.reruns == 1
+    assert pipeline.in_flight == 0
+
+
+async def test_an_input_that_overflows_fails_alone(pipeline, model, tenants):
+    _, resident = tenants
+    model.poison = 9
+    odd = sequences(resident)
+    odd[3] = SequenceInput([9, 6], [0, 0], resident[1][1])
+    outcomes = await run(pipeline, odd)
+    assert [isinstance(o, ComputeFailed) for o in outcomes] == [False, False, False, True, False, False]
+    assert "not finite" in outcomes[3].message
+
+
+async def test_a_tenant_whose_slots_changed_hands_gets_no_answer(pipeline, tenants):
+    arena, resident = tenants
+    arena.release(resident[0][1])
+    arena.reserve(resident[0][1].header, "somebody else")
+    outcomes = await run(pipeline, sequences(resident))
+    assert [isinstance(o, ComputeFailed) for o in outcomes] == [True, True, False, False, False, False]
+    assert "changed hands" in outcomes[0].message
+
+
+async def test_a_sequence_that_cannot_be_packed_is_a_failed_batch_not_a_dead_lane(pipeline, tenants):
+    _, resident = tenants
+    bad = [SequenceInput([10_000], [0], None), *sequences(resident)]
+    outcomes = await run(pipeline, bad)
+    assert [isinstance(o, ComputeFailed) for o in outcomes] == [True] + [False] * 6
+
+
+async def test_replay_raises_what_the_tenant_raised(pipeline, model, tenants):
+    _, resident = tenants
+    assert len(await pipeline.replay(sequences(resident[:1]))) == 2
+    model.raises = frozenset({resident[0][1].digest})
+    with pytest.raises(ComputeFailed, match="out of luck"):
+        await pipeline.replay(sequences(resident[:1]))
+
+
+async def test_the_end_of_a_batch_is_foreseen(pipeline, tenants):
+    _, resident = tenants
+    assert (pipeline.busy_until_s, pipeline.tokens_per_s(100)) == (None, None)
+    await run(pipeline, sequences(resident))
+    now_s = MonotonicClock().now_s()
+    done = run(pipeline, sequences(resident))
+    task = asyncio.create_task(done)
+    await asyncio.sleep(0)
+    assert pipeline.busy_until_s > now_s
+    await task
+    assert pipeline.busy_until_s is None
+    assert replace(pipeline._metrics).batches == 2
