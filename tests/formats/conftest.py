@@ -1,18 +1,19 @@
 """Tiny backbones of every type, read once a session; checkpoints made by the original libraries."""
 
 import dataclasses
-import warnings
 
 import pytest
 import torch
 
-from tests.tiny import PAIRS, TEXTS, randomise_, tiny_backbone
+from tests.tiny import PAIRS, TEXTS, tiny_backbone
 from vbert.config import MODEL_TYPES
+from vbert.formats import read_tenant
+from vbert.formats.original import original_outputs
 from vbert.formats.transformers_folder import read_backbone
 from vbert.reference import dense_forward
 from vbert.tokenizer import Tokenizer
 
-warnings.filterwarnings("ignore", category=DeprecationWarning)
+TOLERANCE = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,4 +53,13 @@ def randomise_trained_(model):
                 parameter.add_(0.2 * torch.randn_like(parameter))
 
 
-__all__ = ["Tiny", "randomise_", "randomise_trained_"]
+def assert_equal_original(tiny, folder, **options):
+    """The tenant as read gives the numbers of the library that wrote it, and they are not the bare backbone's."""
+    module = read_tenant(folder, tiny.backbone, **options)
+    expected = original_outputs(folder, tiny.backbone, module, tiny.inputs)
+    for ours, theirs in zip(tiny.outputs(module), expected, strict=True):
+        assert ours.shape == theirs.shape
+        assert (ours - theirs).abs().max() < TOLERANCE
+    bare = tiny.outputs(dataclasses.replace(module, deltas=()))
+    assert not module.deltas or any((a - b).abs().max() > 1e-3 for a, b in zip(bare, expected, strict=True))
+    return module

@@ -6,15 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.formats.conftest import randomise_trained_
+from tests.formats.conftest import Tiny, assert_equal_original, randomise_trained_
 from vbert.config import MODEL_TYPES
 from vbert.errors import CorruptFile, RefusedCheckpoint
 from vbert.formats import read_tenant
-from vbert.formats.original import original_outputs
 from vbert.tenant import Affine, LowRank, Norm
 
 peft = pytest.importorskip("peft")
-TOLERANCE = 1e-4
 ATTENTION = {"distilbert": ["q_lin", "v_lin"], "mpnet": ["attn.q", "attn.v"]}
 DENSE = {"distilbert": ["out_lin", "lin1", "lin2", "k_lin"], "mpnet": ["attn.o", "dense", "attn.k"]}
 EVERY = {kind: ATTENTION[kind] + DENSE[kind] for kind in ATTENTION}
@@ -45,18 +43,6 @@ def save(tiny, folder, config, task="SEQ_CLS", num_labels=3, **options):
     return model
 
 
-def assert_equal(tiny, folder, **options):
-    """The tenant gives PEFT's own numbers, and they are not the backbone's."""
-    module = read_tenant(folder, tiny.backbone, **options)
-    expected = original_outputs(folder, tiny.backbone, module, tiny.inputs)
-    for ours, theirs in zip(tiny.outputs(module), expected, strict=True):
-        assert ours.shape == theirs.shape
-        assert (ours - theirs).abs().max() < TOLERANCE
-    bare = tiny.outputs(type(module)(backbone_fingerprint="", deltas=(), head=module.head))
-    assert not module.deltas or any((a - b).abs().max() > 1e-2 for a, b in zip(bare, expected, strict=True))
-    return module
-
-
 def lora(model_type, **options):
     options = {"task_type": "SEQ_CLS", "r": 4, "lora_alpha": 12, "target_modules": attention(model_type)} | options
     return peft.LoraConfig(**options)
@@ -85,14 +71,14 @@ CASES = {
 )
 def test_lora_equals_peft(tiny, tmp_path, case, model_type):
     save(tiny[model_type], tmp_path, lora(model_type, **CASES[case]))
-    assert_equal(tiny[model_type], tmp_path)
+    assert_equal_original(tiny[model_type], tmp_path)
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_every_linear_and_the_pooler(tiny, tmp_path, model_type, use_dora):
     save(tiny[model_type], tmp_path, lora(model_type, target_modules=every(model_type), use_dora=use_dora, bias="all"))
-    module = assert_equal(tiny[model_type], tmp_path)
+    module = assert_equal_original(tiny[model_type], tmp_path)
     assert {d.site for d in module.deltas if isinstance(d, LowRank)} == {
         "q",
         "k",
@@ -110,7 +96,7 @@ def test_rank_and_alpha_patterns(tiny, tmp_path, model_type):
     first = attention(model_type)[0]
     patterns = {"rank_pattern": {rf"layer\.1\..*{first}": 2, first: 6}, "alpha_pattern": {attention(model_type)[1]: 5}}
     save(tiny[model_type], tmp_path, lora(model_type, **patterns))
-    module = assert_equal(tiny[model_type], tmp_path)
+    module = assert_equal_original(tiny[model_type], tmp_path)
     assert {(d.layer, d.site): d.a.shape[1] for d in module.deltas} == {
         (0, "q"): 6,
         (1, "q"): 2,
@@ -122,7 +108,7 @@ def test_rank_and_alpha_patterns(tiny, tmp_path, model_type):
 @pytest.mark.parametrize("exclude", [["value"], r".*layer\.0\..*"])
 def test_exclude_modules(tiny, tmp_path, exclude):
     save(tiny["bert"], tmp_path, lora("bert", exclude_modules=exclude))
-    assert len(assert_equal(tiny["bert"], tmp_path).deltas) == 2
+    assert len(assert_equal_original(tiny["bert"], tmp_path).deltas) == 2
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -130,13 +116,13 @@ def test_exclude_modules(tiny, tmp_path, exclude):
 def test_other_tasks(tiny, tmp_path, model_type, task):
     config = lora(model_type, task_type=task, target_modules=every(model_type))
     save(tiny[model_type], tmp_path, config, task=task)
-    module = assert_equal(tiny[model_type], tmp_path)
+    module = assert_equal_original(tiny[model_type], tmp_path)
     assert module.head.kind == ("embed" if task == "FEATURE_EXTRACTION" else "token_classify")
 
 
 def test_an_adapter_without_task_or_head_embeds(tiny, tmp_path):
     save(tiny["bert"], tmp_path, lora("bert", task_type=None), task="FEATURE_EXTRACTION")
-    module = assert_equal(tiny["bert"], tmp_path)
+    module = assert_equal_original(tiny["bert"], tmp_path)
     assert module.head == tiny["bert"].backbone.embed_head
 
 
@@ -144,7 +130,7 @@ def test_an_adapter_trained_inside_a_classifier_without_its_head_embeds(tiny, tm
     save(tiny["bert"], tmp_path, lora("bert", task_type=None))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"auto_mapping": None}))
-    assert assert_equal(tiny["bert"], tmp_path).head.kind == "embed"
+    assert assert_equal_original(tiny["bert"], tmp_path).head.kind == "embed"
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -152,7 +138,7 @@ def test_an_adapter_trained_inside_a_classifier_without_its_head_embeds(tiny, tm
 def test_task_from_the_model_class(tiny, tmp_path, model_type, task):
     saved = ["classifier", "pooler", "LayerNorm", "layer_norm"]
     save(tiny[model_type], tmp_path, lora(model_type, task_type=None, modules_to_save=saved), task=task)
-    module = assert_equal(tiny[model_type], tmp_path)
+    module = assert_equal_original(tiny[model_type], tmp_path)
     assert module.head.kind == {"SEQ_CLS": "classify", "TOKEN_CLS": "token_classify"}[task]
     assert len([d for d in module.deltas if isinstance(d, Norm)]) == 5
 
@@ -164,7 +150,7 @@ def test_ia3_equals_peft(tiny, tmp_path, model_type):
     inputs = ["lin2", "out_lin"] if model_type == "distilbert" else ["output.dense", "attn.o"]
     config = peft.IA3Config(task_type="SEQ_CLS", target_modules=outputs + inputs, feedforward_modules=inputs)
     save(tiny[model_type], tmp_path, config)
-    module = assert_equal(tiny[model_type], tmp_path)
+    module = assert_equal_original(tiny[model_type], tmp_path)
     assert all(isinstance(delta, Affine) for delta in module.deltas)
     assert any(delta.input_scale is not None for delta in module.deltas)
 
@@ -174,17 +160,17 @@ def test_ia3_on_the_pooler_is_merged(tiny, tmp_path):
         task_type="SEQ_CLS", target_modules=["pooler.dense", "key"], feedforward_modules=["pooler.dense"]
     )
     save(tiny["bert"], tmp_path, config)
-    assert len(assert_equal(tiny["bert"], tmp_path).head.layers) == 2
+    assert len(assert_equal_original(tiny["bert"], tmp_path).head.layers) == 2
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_vera_and_adalora_equal_peft(tiny, tmp_path, model_type):
     common = {"task_type": "TOKEN_CLS", "target_modules": every(model_type)}
     save(tiny[model_type], tmp_path / "vera", peft.VeraConfig(r=8, bias="vera_only", **common), task="TOKEN_CLS")
-    assert_equal(tiny[model_type], tmp_path / "vera")
+    assert_equal_original(tiny[model_type], tmp_path / "vera")
     config = peft.AdaLoraConfig(init_r=6, total_step=10, **common)
     save(tiny[model_type], tmp_path / "adalora", config, task="TOKEN_CLS")
-    assert_equal(tiny[model_type], tmp_path / "adalora")
+    assert_equal_original(tiny[model_type], tmp_path / "adalora")
 
 
 def test_adalora_with_pruned_ranks(tiny, tmp_path):
@@ -192,7 +178,7 @@ def test_adalora_with_pruned_ranks(tiny, tmp_path):
     name = "bert.encoder.layer.{}.attention.self.query.lora_E"
     config.rank_pattern = {name.format(0): [True, False, True, False], name.format(1): [False] * 4}
     save(tiny["bert"], tmp_path, config, task="TOKEN_CLS")
-    assert [d.a.shape[1] for d in assert_equal(tiny["bert"], tmp_path).deltas] == [2]
+    assert [d.a.shape[1] for d in assert_equal_original(tiny["bert"], tmp_path).deltas] == [2]
 
 
 def test_labels_and_problem_from_the_config_beside_it(tiny, tmp_path):
@@ -200,15 +186,15 @@ def test_labels_and_problem_from_the_config_beside_it(tiny, tmp_path):
     assert read_tenant(tmp_path, tiny["bert"].backbone).head.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
     model.config.problem_type = "multi_label_classification"
     model.config.save_pretrained(tmp_path)
-    head = assert_equal(tiny["bert"], tmp_path).head
+    head = assert_equal_original(tiny["bert"], tmp_path).head
     assert head.labels == ("bad", "so-so", "good")
     assert head.problem == "multi_label"
 
 
 def test_one_label_is_regression_or_a_reranker(tiny, tmp_path):
     model = save(tiny["bert"], tmp_path, lora("bert"), num_labels=1)
-    assert assert_equal(tiny["bert"], tmp_path).head.problem == "regression"
-    head = assert_equal(tiny["bert"], tmp_path, task="rerank").head
+    assert assert_equal_original(tiny["bert"], tmp_path).head.problem == "regression"
+    head = assert_equal_original(tiny["bert"], tmp_path, task="rerank").head
     assert (head.kind, head.problem) == ("rerank", "single_label")
     model.config.problem_type = "regression"
     model.config.save_pretrained(tmp_path)
@@ -342,7 +328,6 @@ def test_missing_pooler_and_pre_classifier_are_named(tiny, tmp_path, adapter):
 def test_a_frozen_head_comes_from_the_backbones_folder(tiny, tmp_path):
     from transformers import AutoModelForSequenceClassification
 
-    from tests.formats.conftest import Tiny
     from vbert.formats import read_backbone
 
     folder = tmp_path / "tuned"
@@ -351,7 +336,7 @@ def test_a_frozen_head_comes_from_the_backbones_folder(tiny, tmp_path):
         (folder / name).write_bytes((tiny["distilbert"].folder / name).read_bytes())
     tuned = Tiny(folder, read_backbone(folder), tiny["distilbert"].inputs)
     save(tuned, tmp_path / "a", peft.LoraConfig(target_modules=["q_lin", "pre_classifier"]))
-    assert_equal(tuned, tmp_path / "a")
+    assert_equal_original(tuned, tmp_path / "a")
 
 
 def test_ia3_before_q_k_v_is_refused(tiny, tmp_path):
@@ -373,4 +358,4 @@ def test_an_open_task_is_asked_for(tiny, tmp_path):
     configure(tmp_path, auto_mapping=None)
     with pytest.raises(RefusedCheckpoint, match="SEQ_CLS and TOKEN_CLS"):
         read_tenant(tmp_path, tiny["bert"].backbone)
-    assert_equal(tiny["bert"], tmp_path, task="classify")
+    assert_equal_original(tiny["bert"], tmp_path, task="classify")

@@ -8,7 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from vbert.errors import RefusedCheckpoint
+from vbert.formats.adapterhub_folder import read_adapterhub_folder
 from vbert.formats.peft_folder import CONFIG_FILE, read_peft_folder
+from vbert.formats.tensors import read_json
 from vbert.formats.transformers_folder import Backbone, fingerprint, read_backbone
 from vbert.formats.transformers_head import read_transformers_head
 from vbert.tenant import HEAD_KINDS, TenantModule
@@ -26,5 +28,6 @@ def read_tenant(path: Path | str, backbone: Backbone, *, task: str | None = None
     if task is not None and task not in HEAD_KINDS:
         raise RefusedCheckpoint(f"task {task!r} is unknown; one of {', '.join(HEAD_KINDS)} is served", param="task")
     if (path / CONFIG_FILE).is_file():
-        return read_peft_folder(path, backbone, task)
+        read = read_peft_folder if "peft_type" in read_json(path / CONFIG_FILE) else read_adapterhub_folder
+        return read(path, backbone, task)
     return read_transformers_head(path, backbone, task)

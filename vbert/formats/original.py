@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vbert.errors import SelfTestFailed
+from vbert.formats.adapterhub_folder import INTERFACE_FILE
+from vbert.formats.adapterhub_head import HEAD_FILE
 from vbert.formats.names import NAMES
-from vbert.formats.tensors import tensor_keys, weight_files
+from vbert.formats.tensors import read_json, tensor_keys, weight_files
 from vbert.formats.transformers_folder import Backbone
 from vbert.reference import dense_forward
 from vbert.tenant import Head, SelfTest, TenantModule
@@ -60,7 +62,7 @@ def self_tests(path: Path, backbone: Backbone, module: TenantModule) -> tuple[Se
 @torch.no_grad()
 def original_outputs(path: Path, backbone: Backbone, module: TenantModule, inputs: Sequence[Encoded]) -> list[Tensor]:
     """fp32 head outputs, one an input; [] where the library of this format is not installed."""
-    loaders = {"peft": _load_peft, "transformers": _load_transformers}
+    loaders = {"peft": _load_peft, "adapters": _load_adapters, "transformers": _load_transformers}
     load = loaders.get(str(module.source.get("format")))
     if load is None:
         return []
@@ -101,6 +103,22 @@ def _load_peft(path: Path, backbone: Backbone, head: Head) -> Any:
 
 def _load_transformers(path: Path, backbone: Backbone, head: Head) -> Any:
     return _from_pretrained(_auto_class(head, bare=True), path, head)
+
+
+def _load_adapters(path: Path, backbone: Backbone, head: Head) -> Any:
+    import adapters
+
+    head_file = path / HEAD_FILE
+    if head_file.is_file() and read_json(head_file).get("config"):
+        model = _from_pretrained(adapters.AutoAdapterModel, backbone.folder, backbone.embed_head)
+    else:
+        model = _from_pretrained(_auto_class(head, bare=True), backbone.folder, head)
+        interface = None
+        if (path / INTERFACE_FILE).is_file():
+            interface = adapters.AdapterModelInterface(**read_json(path / INTERFACE_FILE)["interface"])
+        adapters.init(model, interface=interface)
+    model.load_adapter(str(path), set_active=True, use_safetensors=True)
+    return model.eval()
 
 
 def _auto_class(head: Head, *, bare: bool) -> Any:

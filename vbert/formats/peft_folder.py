@@ -19,7 +19,7 @@ from vbert.formats.names import NAMES, locate, module_path, strip_prefix
 from vbert.formats.peft_matching import is_saved, targets
 from vbert.formats.peft_methods import METHODS, Module
 from vbert.formats.task_head import KIND_OF_TASK, POOLER, TASK_OF_KIND, backbone_dense, build_head, head_paths
-from vbert.formats.tensors import read_json, read_tensors, weight_files
+from vbert.formats.tensors import is_set, read_json, read_tensors, weight_files
 from vbert.formats.transformers_folder import Backbone
 from vbert.tenant import Delta, Dense, Norm, TenantModule
 
@@ -90,7 +90,7 @@ def check_config(config: Mapping[str, Any]) -> None:
             param="peft_type",
         )
     for key, value in config.items():
-        if key not in _NEUTRAL | _HONOURED[method] and value not in (None, False, [], {}, ""):
+        if key not in _NEUTRAL | _HONOURED[method] and is_set(value):
             raise RefusedCheckpoint(f"{key} {value!r} in {CONFIG_FILE} is not served; train without it", param=key)
     start = config.get("init_lora_weights")
     if start not in _STARTS:

@@ -19,7 +19,16 @@ from vbert.formats.tensors import read_tensors, weight_files
 from vbert.formats.transformers_folder import Backbone
 from vbert.tenant import Dense, Head
 
-__all__ = ["KIND_OF_TASK", "POOLER", "TASK_OF_KIND", "backbone_dense", "build_head", "head_paths"]
+__all__ = [
+    "KIND_OF_TASK",
+    "POOLER",
+    "TASK_OF_KIND",
+    "backbone_dense",
+    "build_head",
+    "checked_kind",
+    "head_paths",
+    "labelled",
+]
 
 POOLER = "pooler.dense"
 KIND_OF_TASK = {"SEQ_CLS": "classify", "TOKEN_CLS": "token_classify", "FEATURE_EXTRACTION": "embed"}
@@ -47,10 +56,8 @@ def build_head(
     Args: kind: asked by the caller, None for the usual one. config: a `transformers` config (id2label, problem_type),
     may be empty. dense: module path -> its layer, raising RefusedCheckpoint when there is none.
     """
-    kind = kind or KIND_OF_TASK[task]
-    if TASK_OF_KIND[kind] != task:
-        raise RefusedCheckpoint(f"the checkpoint is made for {task}, not for {kind}; leave the task out", param="task")
     if task == "FEATURE_EXTRACTION":
+        checked_kind(task, kind)
         return backbone.embed_head
     shape = NAMES[backbone.config.model_type].heads[task]
     layers = [replace(dense(path), activation=activation) for path, activation in shape.layers]
@@ -59,17 +66,24 @@ def build_head(
         pooler = replace(dense(POOLER), activation="tanh")
         shared_pooler = _is_shared(backbone, pooler)
         layers = layers if shared_pooler else [pooler, *layers]
-    width = layers[-1].weight.shape[0]
+    head = Head(kind="classify", pooling=shape.pooling, shared_pooler=shared_pooler, layers=tuple(layers))
+    return labelled(head, task, kind, config)
+
+
+def labelled(head: Head, task: str, kind: str | None, config: Mapping[str, Any]) -> Head:
+    """The head with its kind, problem and label names, of a task type and a `transformers` config."""
+    kind, width = checked_kind(task, kind), head.layers[-1].weight.shape[0]
     if kind == "rerank" and width != 1:
         raise RefusedCheckpoint(f"a rerank head has 1 output, this one {width}; add it as classify", param="task")
-    return Head(
-        kind=kind,
-        pooling=shape.pooling,
-        shared_pooler=shared_pooler,
-        layers=tuple(layers),
-        problem="single_label" if task == "TOKEN_CLS" else _problem(config, width, kind),
-        labels=_labels(config, width),
-    )
+    problem = "single_label" if task == "TOKEN_CLS" else _problem(config, width, kind)
+    return replace(head, kind=kind, problem=problem, labels=_labels(config, width))
+
+
+def checked_kind(task: str, kind: str | None) -> str:
+    """The kind of head: the usual one of the task type, or the one asked for where it fits."""
+    if kind is not None and TASK_OF_KIND[kind] != task:
+        raise RefusedCheckpoint(f"the checkpoint is made for {task}, not for {kind}; leave the task out", param="task")
+    return kind or KIND_OF_TASK[task]
 
 
 def backbone_dense(backbone: Backbone, path: str) -> Dense:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vbert.errors import CorruptFile, RefusedCheckpoint
 
-__all__ = ["read_json", "read_tensors", "tensor_keys", "weight_files"]
+__all__ = ["is_set", "read_json", "read_tensors", "tensor_keys", "weight_files"]
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -30,6 +30,11 @@ def read_json(path: Path) -> Any:
         raise RefusedCheckpoint(f"{path.parent} has no {path.name}; give a folder that has one") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CorruptFile(f"{path} is not JSON ({error}); write it again") from None
+
+
+def is_set(value: Any) -> bool:
+    """Whether a config option asks for anything; 0 does."""
+    return not (value is None or value is False or value in ("", [], {}))
 
 
 def weight_files(folder: Path, stem: str = "model") -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -48,6 +49,13 @@ def read_transformers_head(folder: Path, backbone: Backbone, task: str | None = 
 
 
 def _check_same_encoder(backbone: Backbone, other: Backbone) -> None:
+    for field in fields(backbone.config):
+        ours, theirs = getattr(backbone.config, field.name), getattr(other.config, field.name)
+        if ours != theirs and field.name != "has_pooler":
+            raise RefusedCheckpoint(
+                f"{field.name} is {theirs!r}, the backbone's is {ours!r}; use the backbone that it was trained on",
+                param=field.name,
+            )
     for name, weight in backbone.weights.items():
         if name.startswith("pooler."):
             continue

@@ -1,0 +1,102 @@
+"""A whole `transformers` model over the backbone's encoder is a head-only tenant; another encoder is refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.formats.conftest import assert_equal_original
+from tests.tiny import tiny_backbone
+from vbert.config import MODEL_TYPES
+from vbert.errors import RefusedCheckpoint
+from vbert.formats import read_backbone, read_tenant
+
+
+def save(tiny, folder, head, **options):
+    import transformers
+
+    model = getattr(transformers, f"AutoModelFor{head}").from_pretrained(tiny.folder, **options)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification"])
+def test_heads_equal_transformers(tiny, tmp_path, model_type, head):
+    save(tiny[model_type], tmp_path, head, id2label={0: "a", 1: "b", 2: "c"})
+    module = assert_equal_original(tiny[model_type], tmp_path)
+    assert module.deltas == ()
+    assert module.head.labels == ("a", "b", "c")
+    assert module.head.shared_pooler == (model_type == "bert" and head == "SequenceClassification")
+
+
+@pytest.mark.parametrize(
+    ("problem", "ours"), [("multi_label_classification", "multi_label"), ("regression", "regression")]
+)
+def test_problem_types(tiny, tmp_path, problem, ours):
+    save(tiny["bert"], tmp_path, "SequenceClassification", num_labels=4, problem_type=problem)
+    assert assert_equal_original(tiny["bert"], tmp_path).head.problem == ours
+
+
+def test_a_trained_pooler_is_stored_with_the_head(tiny, tmp_path):
+    save(tiny["bert"], tmp_path, "SequenceClassification", num_labels=2)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["bert.pooler.dense.weight"] += 0.1
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    module = assert_equal_original(tiny["bert"], tmp_path)
+    assert not module.head.shared_pooler
+    assert len(module.head.layers) == 2
+
+
+def test_one_logit_reranks(tiny, tmp_path):
+    save(tiny["bert"], tmp_path, "SequenceClassification", num_labels=1)
+    assert assert_equal_original(tiny["bert"], tmp_path, task="rerank").head.kind == "rerank"
+
+
+def test_a_bare_encoder_with_other_pooling_embeds(tiny, tmp_path):
+    folder = tiny_backbone("bert", tmp_path)
+    (folder / "modules.json").write_text(json.dumps([{"type": "sentence_transformers.models.Pooling", "path": "p"}]))
+    (folder / "p").mkdir()
+    (folder / "p" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
+    assert assert_equal_original(tiny["bert"], folder).head.pooling == "cls"
+
+
+def test_another_encoder_is_refused_with_the_weight(tiny, tmp_path):
+    other = tiny_backbone("bert", tmp_path / "other", seed=5)
+    with pytest.raises(RefusedCheckpoint, match="word_embeddings differs"):
+        read_tenant(other, tiny["bert"].backbone)
+    with pytest.raises(RefusedCheckpoint, match="model_type is 'roberta'"):
+        read_tenant(tiny["roberta"].folder, tiny["bert"].backbone)
+    same = tiny_backbone("bert", tmp_path / "eps", layer_norm_eps=1e-5)
+    with pytest.raises(RefusedCheckpoint, match="layer_norm_eps is 1e-05"):
+        read_tenant(same, tiny["bert"].backbone)
+
+
+def test_other_heads_are_refused_by_name(tiny, tmp_path):
+    save(tiny["bert"], tmp_path / "qa", "QuestionAnswering")
+    with pytest.raises(RefusedCheckpoint, match="BertForQuestionAnswering"):
+        read_tenant(tmp_path / "qa", tiny["bert"].backbone)
+    save(tiny["bert"], tmp_path / "c", "SequenceClassification", num_labels=2)
+    tensors = load_file(tmp_path / "c" / "model.safetensors") | {"extra.weight": torch.zeros(2)}
+    save_file(tensors, tmp_path / "c" / "model.safetensors")
+    with pytest.raises(RefusedCheckpoint, match=r"extra\.weight"):
+        read_tenant(tmp_path / "c", tiny["bert"].backbone)
+
+
+def test_labels_in_another_number_are_refused(tiny, tmp_path):
+    save(tiny["bert"], tmp_path, "SequenceClassification", id2label={0: "a", 1: "b", 2: "c"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"id2label": {"0": "a", "1": "b"}}))
+    with pytest.raises(RefusedCheckpoint, match="names 2 labels and the head has 3 outputs"):
+        read_tenant(tmp_path, tiny["bert"].backbone)
+
+
+def test_a_head_over_a_backbone_folder_is_its_own_tenant(tmp_path):
+    """The backbone's folder may itself be a classifier's."""
+    tiny_backbone("distilbert", tmp_path / "b")
+    from transformers import AutoModelForTokenClassification
+
+    AutoModelForTokenClassification.from_pretrained(tmp_path / "b", num_labels=2).save_pretrained(tmp_path / "b")
+    backbone = read_backbone(tmp_path / "b")
+    assert read_tenant(tmp_path / "b", backbone).head.kind == "token_classify"
