@@ -133,7 +133,7 @@ def measure(
                 yield {"set": name, "system": system, "seed": seed, "linear_probe": PROBE.get(name)} | train(config)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--backbone", required=True, help="BERT folder; the recorded numbers are of all-MiniLM-L6-v2")
     parser.add_argument("--data", type=Path, default=ROOT / "examples/data", help="folder with one folder a set")
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--recipe", type=Path, default=ROOT / "training/recipes/lora.toml")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/training_quality.json")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     about = {"benchmark": "training_quality", "machine": describe(), "commit": commit()}
     rows: list[dict[str, Any]] = []
     for row in measure(args.backbone, args.data, args.sets, args.seeds, args.recipe):
@@ -150,7 +150,8 @@ def main() -> None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         result = about | {"recipe": read_recipe(args.recipe), "rows": rows}
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
