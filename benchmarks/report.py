@@ -1,0 +1,216 @@
+"""Tables of the documents, from results and from code: `make tables`. Nobody writes them by hand.
+
+A document marks a place with `<!-- table:NAME -->` and `<!-- /table -->`; what lies between is replaced by the table of
+that name. `tests/test_docs.py` fails when a document holds anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from vbert.errors import ConfigError
+
+__all__ = ["DOCUMENTS", "RESULTS", "TABLES", "fill", "latest", "output_flags", "publish"]
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+_BLOCK = re.compile(r"(<!-- table:([a-z_]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+_BARE, _MIXED, _OURS, _PLAIN = "transformers bare", "peft mixed batch", "vbert", "vbert without modules"
+
+Row = Mapping[str, Any]
+
+
+def latest(benchmark: str) -> dict[str, Any]:
+    """The newest recorded result of a benchmark. Raises FileNotFoundError when there is none."""
+    lines = (RESULTS / f"{benchmark}.jsonl").read_text().splitlines()
+    return dict(json.loads(lines[-1]))
+
+
+def fill(text: str) -> str:
+    """A document with every marked table rendered again. Raises KeyError for an unknown name."""
+    return _BLOCK.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text)
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+# ---- results -----------------------------------------------------------------------------------------------------
+
+
+def multitenant_headline() -> str:
+    """64 tenants and the mix of kinds: requests/s of ours and of the peers, and the ratios."""
+    result = latest("multitenant")
+    body = []
+    for cell, systems in _cells(result["rows"]):
+        shape, dtype, lengths, tenants = cell
+        if tenants == 64:
+            speed = {name: row["requests_per_s"] for name, row in systems.items()}
+            numbers = [_number(speed.get(name)) for name in (_BARE, _MIXED, "peft one by one", _OURS)]
+            ratios = [_ratio(speed, _OURS, peer) for peer in (_BARE, _MIXED)]
+            body.append([shape, dtype, lengths, *numbers, *ratios])
+    header = ["shape", "dtype", "lengths", "bare backbone", "PEFT mixed batch", "PEFT one by one", "**vbert**"]
+    return _where(result) + markdown([*header, "to bare", "to PEFT mixed"], body)
+
+
+def multitenant() -> str:
+    """Every row."""
+    result = latest("multitenant")
+    columns = ("shape", "dtype", "lengths", "tenants", "system", "requests_per_s", "p50_ms", "p99_ms", "spread")
+    body = [[row[column] for column in columns] for row in result["rows"]]
+    return _where(result) + markdown([column.replace("_", " ") for column in columns], body)
+
+
+def multitenant_mix() -> str:
+    """What modules of every kind cost, against the same batch without any."""
+    result = latest("multitenant")
+    body = []
+    for (shape, dtype, lengths, tenants), systems in _cells(result["rows"]):
+        speed = {name: row["requests_per_s"] for name, row in systems.items()}
+        values = [_number(speed[_PLAIN]), _number(speed[_OURS]), _ratio(speed, _OURS, _PLAIN)]
+        body.append([shape, dtype, lengths, tenants, *values])
+    header = ["shape", "dtype", "lengths", "tenants", "without modules", "with", "ratio"]
+    return _where(result) + markdown(header, body)
+
+
+def serving() -> str:
+    result = latest("serving")
+    columns = ("system", "concurrency", "requests_per_s", "p50_ms", "p99_ms")
+    body = [[row[column] for column in columns] for row in result["rows"]]
+    return _where(result) + markdown([column.replace("_", " ") for column in columns], body)
+
+
+def _cells(rows: Iterable[Row]) -> Iterable[tuple[tuple[Any, ...], dict[str, Row]]]:
+    """Rows by (shape, dtype, lengths, tenants), then by system, in the order they were measured."""
+    cells: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        cell = (row["shape"], row["dtype"], row["lengths"], row["tenants"])
+        cells.setdefault(cell, {})[row["system"]] = row
+    return cells.items()
+
+
+def _where(result: Mapping[str, Any]) -> str:
+    """The line above a table: on what, when at which commit, and whether neighbours were busy."""
+    machine = result["machine"]
+    noise = f", {machine['other_cores']} cores busy with other work" if machine.get("noisy") else ""
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['torch_threads']} threads, "
+        f"torch {machine['versions']['torch']}, commit {result['commit']}{noise}; requests/s.\n\n"
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _ratio(speed: Mapping[str, float], ours: str, theirs: str) -> str:
+    return f"{speed[ours] / speed[theirs]:.2f}x" if theirs in speed else "-"
+
+
+# ---- code --------------------------------------------------------------------------------------------------------
+
+
+def engine_options() -> str:
+    from runtime.config import EngineConfig
+
+    return _options(EngineConfig)
+
+
+def http_options() -> str:
+    from runtime.http.config import HttpConfig
+
+    return _options(HttpConfig)
+
+
+def errors() -> str:
+    """Every error class: its stable code, its class, and its HTTP status."""
+    from runtime.http.errors import STATUS
+
+    public = {cls: status for cls, status in STATUS.items() if not cls.__name__.startswith("_")}
+    rows = sorted((status, f"`{cls.code}`", f"`{cls.__name__}`") for cls, status in public.items())
+    return markdown(["HTTP status", "code", "class"], rows)
+
+
+def _options(config: Any) -> str:
+    """One row a field of a config dataclass: its flag, default and meaning."""
+    rows = [
+        (f"`--{field.name.replace('_', '-')}`", f"`{field.default!r}`", field.metadata["help"])
+        for field in fields(config)
+    ]
+    return markdown(["option", "default", "meaning"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "multitenant_headline": multitenant_headline,
+    "multitenant": multitenant,
+    "multitenant_mix": multitenant_mix,
+    "serving": serving,
+    "engine_options": engine_options,
+    "http_options": http_options,
+    "errors": errors,
+}
+
+
+# ---- output of one run -------------------------------------------------------------------------------------------
+
+_PARAMETERS = ("shape", "dtype", "lengths", "tenants", "concurrency")
+_MEASURED = ("requests_per_s", "p50_ms", "p99_ms", "spread")
+
+
+def output_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that `publish` reads."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--append", action="store_true", help="append the object to benchmarks/results/")
+    parser.add_argument("--quiet-only", action="store_true", help="fail when other processes used the CPU meanwhile")
+
+
+def publish(result: Mapping[str, Any], args: argparse.Namespace) -> None:
+    """Print a result, and keep it if asked to. Raises ConfigError for a noisy one with --quiet-only."""
+    machine = result["machine"]
+    if machine["noisy"] and args.quiet_only:
+        cores = machine["other_cores"]
+        raise ConfigError(f"other processes used {cores} cores meanwhile; stop them, or drop --quiet-only")
+    if args.append:
+        with (RESULTS / f"{result['benchmark']}.jsonl").open("a") as file:
+            file.write(json.dumps(result) + "\n")
+    if args.json:
+        print(json.dumps(result))
+    else:
+        _print_table(result)
+
+
+def _print_table(result: Mapping[str, Any]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    case = [name for name in _PARAMETERS if name in result["rows"][0]]
+    columns = [name.replace("_", " ").replace(" per s", "/s") for name in ("system", *case, *_MEASURED)]
+    table = Table(*columns, title=result["benchmark"], box=SIMPLE_HEAD)
+    for row in result["rows"]:
+        table.add_row(*(str(row[name]) for name in ("system", *case, *_MEASURED)))
+    console = Console()
+    console.width = max(console.width, 100)  # a wrapped number cannot be read
+    console.print(table)
+    if result["machine"]["noisy"]:
+        console.print(f"noisy: other processes used {result['machine']['other_cores']} cores meanwhile", style="yellow")
+
+
+def main() -> None:
+    for path in DOCUMENTS:
+        text = path.read_text()
+        if (filled := fill(text)) != text:
+            path.write_text(filled)
+            print(f"wrote {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
