@@ -10,19 +10,18 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import fields
+from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import TypeVar
 
 import uvloop
 from aiohttp import web
 
 from runtime.config import EngineConfig
 from runtime.engine import Engine
+from runtime.flags import ENVIRONMENT_HELP, add_flags, given
 from runtime.http.answering import add_routes, answer_errors, set_server_header
-from runtime.http.auth import KeyRing
+from runtime.http.auth import KeyRing, make_key
 from runtime.http.call import STATE, ServerState
 from runtime.http.config import HttpConfig
 from runtime.http.metrics import HttpMetrics
@@ -30,11 +29,10 @@ from runtime.http.openapi import openapi_document
 from runtime.http.protocol import json_protocol, make_runner
 from vbert.errors import ConfigError, VbertError
 
-__all__ = ["accepting", "add_options", "bind", "create_app", "main", "read_options", "run", "serve"]
+__all__ = ["HttpConfig", "accepting", "bind", "create_app", "main", "make_key", "run", "serve"]
 
 _BACKLOG = 1024  # connections that wait to be accepted
 _log = logging.getLogger("vbert.http")
-Config = TypeVar("Config", EngineConfig, HttpConfig)
 
 
 def create_app(engine: Engine, config: HttpConfig) -> web.Application:
@@ -108,9 +106,11 @@ def bind(config: HttpConfig) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listening = socket.socket(family, kind, protocol)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
+        with ExitStack() as undo:
+            listening = undo.enter_context(socket.socket(family, kind, protocol))
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+            undo.pop_all()
     except OSError as error:
         raise ConfigError(f"cannot listen on {config.host} port {config.port}: {error}; choose another") from error
     return listening
@@ -128,28 +128,16 @@ def _version() -> str:
         return "0"  # a bare checkout
 
 
-def add_options(parser: argparse.ArgumentParser, config: type[EngineConfig] | type[HttpConfig]) -> None:
-    """One flag for each field of a config, with its help and default."""
-    for field in fields(config):
-        kind = str if field.default is None else type(field.default)
-        shown = "" if field.default in (None, "") else f" (default: {field.default})"
-        flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, type=kind, default=field.default, help=field.metadata["help"] + shown)
-
-
-def read_options(args: argparse.Namespace, config: type[Config]) -> Config:
-    """The config that the flags say. Raises ConfigError."""
-    return config(**{field.name: getattr(args, field.name) for field in fields(config)})
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="serve.py", description="Serve the tenants of a store on one backbone.")
-    add_options(parser, EngineConfig)
-    add_options(parser, HttpConfig)
+    parser = argparse.ArgumentParser(
+        prog="serve.py", description="Serve the tenants of a store on one backbone.", epilog=ENVIRONMENT_HELP
+    )
+    add_flags(parser, EngineConfig)
+    add_flags(parser, HttpConfig)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        run(read_options(args, EngineConfig), read_options(args, HttpConfig))
+        run(EngineConfig(**given(args, EngineConfig)), HttpConfig(**given(args, HttpConfig)))
     except VbertError as error:
         print(f"error: {error.message}", file=sys.stderr)
         return 2

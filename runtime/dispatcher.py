@@ -269,9 +269,7 @@ class Dispatcher:
     def _count(self, pending: Pending) -> None:
         self.metrics.inputs[pending.method] += len(pending.encoded)
         self.metrics.tokens += sum(len(e.token_ids) for e in pending.encoded)
-        timings = pending.timings()
-        for stage, histogram in self.metrics.seconds.items():
-            histogram.observe(getattr(timings, f"{stage}_s"))
+        self.metrics.observe_request(pending.served.kinds, pending.timings())
 
 
 @contextmanager

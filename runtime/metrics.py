@@ -8,8 +8,11 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["Histogram", "HistogramSnapshot", "Metrics", "MetricsSnapshot"]
+from runtime.request import Timings
 
+__all__ = ["SECONDS", "STAGES", "Histogram", "HistogramSnapshot", "Metrics", "MetricsSnapshot"]
+
+STAGES = ("tokenize", "queue", "load", "compute", "total")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 TOKENS = (16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0)
 _RECENT = 2048  # observations that the quantiles look back on
@@ -31,13 +34,13 @@ class HistogramSnapshot:
 
 
 class Histogram:
-    """Observations of one quantity in fixed buckets, with exact quantiles of the recent past."""
+    """Observations of one quantity in fixed buckets, with exact quantiles of the `recent` last ones."""
 
-    def __init__(self, bounds: tuple[float, ...]) -> None:
+    def __init__(self, bounds: tuple[float, ...], *, recent: int = _RECENT) -> None:
         self._bounds = bounds
         self._counts = [0] * (len(bounds) + 1)
         self._total = 0.0
-        self._recent: deque[float] = deque(maxlen=_RECENT)
+        self._recent: deque[float] = deque(maxlen=recent)
 
     def observe(self, value: float) -> None:
         self._counts[bisect_left(self._bounds, value)] += 1
@@ -66,7 +69,8 @@ class MetricsSnapshot:
     """Everything the engine counts, at one moment. Counters never fall; gauges are marked.
 
     requests: by (task, outcome), outcome being `ok`, `cancelled` or the code of the error.
-    seconds: by stage: tokenize, queue, load, compute, total; one observation a request.
+    seconds: by (stage, kinds): tokenize, queue, load, compute or total; the tenant's module kinds joined by +, so that
+        their number is bounded whatever the number of tenants is; one observation a request.
     computed_inputs: by module kind (low_rank, ..., head_only, backbone); with two kinds an input
         counts in both.
     loads: by outcome, `ok` or the code of the error. resident_bytes (gauge): by module kind, exact.
@@ -75,7 +79,7 @@ class MetricsSnapshot:
     requests: Mapping[tuple[str, str], int]
     inputs: Mapping[str, int]
     tokens: int
-    seconds: Mapping[str, HistogramSnapshot]
+    seconds: Mapping[tuple[str, str], HistogramSnapshot]
     batches: int
     batch_tokens: HistogramSnapshot
     compute_busy_s: float
@@ -95,10 +99,6 @@ class MetricsSnapshot:
     tokens_per_s: float | None
 
 
-def _stages() -> dict[str, Histogram]:
-    return {stage: Histogram(SECONDS) for stage in ("tokenize", "queue", "load", "compute", "total")}
-
-
 @dataclass(slots=True)
 class Metrics:
     """The live counters; each is written by one part of the engine, all on the event loop."""
@@ -106,7 +106,7 @@ class Metrics:
     requests: Counter[tuple[str, str]] = field(default_factory=Counter)
     inputs: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
-    seconds: dict[str, Histogram] = field(default_factory=_stages)
+    seconds: dict[tuple[str, str], Histogram] = field(default_factory=dict)
     batches: int = 0
     batch_tokens: Histogram = field(default_factory=lambda: Histogram(TOKENS))
     compute_busy_s: float = 0.0
@@ -116,6 +116,13 @@ class Metrics:
     load_s: Histogram = field(default_factory=lambda: Histogram(SECONDS))
     evictions: int = 0
     loop_lag: Histogram = field(default_factory=lambda: Histogram(SECONDS))
+
+    def observe_request(self, kinds: tuple[str, ...], timings: Timings) -> None:
+        """The split of one answered request's time."""
+        for stage in STAGES:
+            # Without recent observations: there are many of these, and sorting all of them would hold the event loop.
+            histogram = self.seconds.setdefault((stage, "+".join(kinds)), Histogram(SECONDS, recent=0))
+            histogram.observe(getattr(timings, f"{stage}_s"))
 
     def snapshot(
         self,
@@ -133,7 +140,7 @@ class Metrics:
             requests=dict(self.requests),
             inputs=dict(self.inputs),
             tokens=self.tokens,
-            seconds={stage: histogram.snapshot() for stage, histogram in self.seconds.items()},
+            seconds={key: histogram.snapshot() for key, histogram in self.seconds.items()},
             batches=self.batches,
             batch_tokens=self.batch_tokens.snapshot(),
             compute_busy_s=self.compute_busy_s,

@@ -157,6 +157,7 @@ class TenantAnswer(Shape):
     created: int
     digest: str
     num_bytes: int
+    fingerprint: str = Field(description="of the backbone it was made for")
     task: str
     problem: str
     labels: list[str]

@@ -46,12 +46,14 @@ class ServerState:
         if self.draining:
             raise Draining("the server is stopping and takes no new requests; ask another one")
         self._in_flight += 1
+        self.metrics.in_flight.set(self._in_flight)
         self._idle.clear()
         try:
             async with self._upload_turns if upload else nullcontext():
                 yield
         finally:
             self._in_flight -= 1
+            self.metrics.in_flight.set(self._in_flight)
             if not self._in_flight:
                 self._idle.set()
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
-from runtime.metrics import SECONDS, HistogramSnapshot, MetricsSnapshot
+from runtime.metrics import SECONDS, STAGES, HistogramSnapshot, MetricsSnapshot
 
 __all__ = ["HttpMetrics"]
 
@@ -34,6 +35,7 @@ class HttpMetrics:
             buckets=SECONDS,
             registry=self._registry,
         )
+        self.in_flight = Gauge("vbert_http_in_flight", "Requests a stop would wait for.", registry=self._registry)
 
     def observe(self, method: str, route: str, status: int, seconds: float) -> None:
         self._requests.labels(method, route, str(status)).inc()
@@ -97,11 +99,19 @@ def _gauges(now: MetricsSnapshot) -> Iterable[Metric]:
 
 
 def _histograms(now: MetricsSnapshot) -> Iterable[Metric]:
-    for stage, snapshot in now.seconds.items():
-        yield _histogram(f"vbert_request_{stage}_seconds", f"Seconds a request spent in {stage}.", snapshot)
-    yield _histogram("vbert_batch_tokens", "Tokens of a forward pass.", now.batch_tokens)
-    yield _histogram("vbert_load_seconds", "Seconds one module took to load.", now.load_s)
-    yield _histogram("vbert_event_loop_lag_seconds", "How late the event loop woke up.", now.loop_lag)
+    for stage in STAGES:
+        text = f"Seconds an answered request spent in {stage}, by the kinds of the tenant's module."
+        family = HistogramMetricFamily(f"vbert_request_{stage}_seconds", text, labels=("kind",))
+        for (of, kinds), snapshot in now.seconds.items():
+            if of == stage:
+                family.add_metric((kinds,), _buckets(snapshot), snapshot.total)
+        yield family
+    for name, text, snapshot in (
+        ("vbert_batch_tokens", "Tokens of a forward pass.", now.batch_tokens),
+        ("vbert_load_seconds", "Seconds one module took to load.", now.load_s),
+        ("vbert_event_loop_lag_seconds", "How late the event loop woke up.", now.loop_lag),
+    ):
+        yield HistogramMetricFamily(name, text, buckets=_buckets(snapshot), sum_value=snapshot.total)
 
 
 def _counter(name: str, text: str, values: Mapping[str, int], label: str) -> Metric:
@@ -111,11 +121,7 @@ def _counter(name: str, text: str, values: Mapping[str, int], label: str) -> Met
     return family
 
 
-def _histogram(name: str, text: str, snapshot: HistogramSnapshot) -> Metric:
+def _buckets(snapshot: HistogramSnapshot) -> list[tuple[str, float]]:
     """Prometheus' buckets are cumulative, the snapshot's are not."""
-    buckets = []
-    seen = 0
-    for bound, count in zip((*snapshot.bounds, float("inf")), snapshot.counts, strict=True):
-        seen += count
-        buckets.append(("+Inf" if bound == float("inf") else str(bound), seen))
-    return HistogramMetricFamily(name, text, buckets=buckets, sum_value=snapshot.total)
+    bounds = [*map(str, snapshot.bounds), "+Inf"]
+    return list(zip(bounds, accumulate(snapshot.counts), strict=True))

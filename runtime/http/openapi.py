@@ -24,8 +24,8 @@ _TENANT_ID = {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"}
 _RETRY_AFTER = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds, rounded up"}}
 _ETAG = {"ETag": {"schema": {"type": "string"}, "description": "the active version, quoted"}}
 _CONDITIONS = (
-    ("If-Match", 'the ETag that must be the active version, such as "3", or * for any'),
-    ("If-None-Match", "* to demand that there be no such tenant"),
+    ("If-Match", r'^("[1-9][0-9]{0,17}"|\*)$', 'the ETag that must be the active version, such as "3", or * for any'),
+    ("If-None-Match", r"^\*$", "* to demand that there be no such tenant yet"),
 )
 _LIMITS = ("max_request_inputs", "max_input_chars", "max_module_bytes", "max_queue_inputs", "default_deadline_s")
 _HTTP_LIMITS = ("max_body_bytes", "max_header_bytes", "max_headers", "read_timeout_s", "upload_timeout_s")
@@ -88,8 +88,9 @@ def _parameters(route: Route) -> Iterator[dict[str, Any]]:
         for name, schema in route.query.model_json_schema()["properties"].items():
             yield {"name": name, "in": "query", "required": False, "schema": schema}
     if route.conditional:
-        for name, text in _CONDITIONS:
-            yield {"name": name, "in": "header", "required": False, "schema": {"type": "string"}, "description": text}
+        for name, pattern, text in _CONDITIONS:
+            schema = {"type": "string", "pattern": pattern}
+            yield {"name": name, "in": "header", "required": False, "schema": schema, "description": text}
 
 
 def _responses(route: Route, keys: bool) -> dict[str, Any]:

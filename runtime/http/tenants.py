@@ -119,6 +119,7 @@ def _fields(version: TenantVersion) -> dict[str, Any]:
         "created": int(version.created_s),
         "digest": version.digest,
         "num_bytes": version.num_bytes,
+        "fingerprint": version.fingerprint,
         "task": version.task,
         "problem": version.problem,
         "labels": version.labels,

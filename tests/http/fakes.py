@@ -143,7 +143,9 @@ class FakeEngine:
         return self.readiness
 
     def snapshot(self):
-        return Metrics().snapshot(
+        metrics = Metrics()
+        metrics.observe_request(("low_rank", "sparse"), TIMINGS)
+        return metrics.snapshot(
             resident_bytes={"low_rank": 7},
             resident_modules=1,
             module_budget_bytes=100,

@@ -225,7 +225,10 @@ async def test_metrics_are_prometheus_text_without_names_of_tenants():
         'vbert_http_requests_total{method="other",route="unknown",status="404"} 1.0',
         'vbert_http_requests_total{method="other",route="unknown",status="405"} 1.0',
         'vbert_resident_bytes{kind="low_rank"} 7.0',
-        'vbert_request_queue_seconds_bucket{le="+Inf"} 0.0',
+        'vbert_request_queue_seconds_bucket{kind="low_rank+sparse",le="0.001"} 0.0',
+        'vbert_request_queue_seconds_bucket{kind="low_rank+sparse",le="0.0025"} 1.0',
+        'vbert_request_queue_seconds_bucket{kind="low_rank+sparse",le="+Inf"} 1.0',
+        'vbert_request_queue_seconds_sum{kind="low_rank+sparse"} 0.002',
         "vbert_event_loop_lag_seconds_count 0.0",
     ):
         assert line in text.splitlines(), line
