@@ -23,8 +23,9 @@ from vbert.formats.tensors import is_set, read_json, read_tensors, weight_files
 from vbert.formats.transformers_folder import Backbone
 from vbert.tenant import Bottleneck, Delta, TenantModule
 
-__all__ = ["INTERFACE_FILE", "check_config", "read_adapterhub_folder"]
+__all__ = ["HONOURED", "INTERFACE_FILE", "method", "read_adapterhub_folder", "refusals"]
 
+CONFIG_FILE = "adapter_config.json"
 INTERFACE_FILE = "adapter_interface.json"
 
 # (original_ln_before, residual_before_ln, original_ln_after) -> taps. Others add the residual twice or leave the
@@ -35,9 +36,9 @@ _TAPS = {
     (True, True, True): "normed>output",
     (True, False, False): "after>after",
 }
-_HONOURED = {"mh_adapter", "output_adapter", "reduction_factor", "non_linearity", "is_parallel", "scaling", "leave_out"}
-_HONOURED |= {"original_ln_before", "original_ln_after", "residual_before_ln", "architecture", "composition_mode"}
-_HONOURED |= {"selfattn_lora", "intermediate_lora", "output_lora", "r", "alpha", "attn_matrices"}
+HONOURED = {"mh_adapter", "output_adapter", "reduction_factor", "non_linearity", "is_parallel", "scaling", "leave_out"}
+HONOURED |= {"original_ln_before", "original_ln_after", "residual_before_ln", "architecture", "composition_mode"}
+HONOURED |= {"selfattn_lora", "intermediate_lora", "output_lora", "r", "alpha", "attn_matrices"}
 _NEUTRAL = {"init_weights", "init_weights_seed", "dropout", "stochastic_depth", "cross_adapter", "dtype"}
 _NEUTRAL |= {"adapter_residual_before_ln", "inv_adapter_reduction_factor", "phm_dim", "factorized_phm_W", "phm_rank"}
 _NEUTRAL |= {"shared_W_phm", "shared_phm_rule", "factorized_phm_rule", "phm_c_init", "phm_init_range", "learn_phm"}
@@ -51,9 +52,10 @@ def read_adapterhub_folder(folder: Path, backbone: Backbone, task: str | None = 
 
     Raises: RefusedCheckpoint naming what cannot be honoured, CorruptFile for missing, misshapen or bad tensors.
     """
-    stated = read_json(folder / "adapter_config.json")
+    stated = read_json(folder / CONFIG_FILE)
     hooked = (folder / INTERFACE_FILE).is_file()
-    check_config(stated, hooked=hooked)
+    for refusal in refusals(stated, hooked=hooked):
+        raise refusal
     config, model_type = stated["config"], backbone.config.model_type
     if (stated.get("model_type"), stated.get("hidden_size")) != (model_type, backbone.config.hidden_size):
         raise RefusedCheckpoint(
@@ -65,7 +67,7 @@ def read_adapterhub_folder(folder: Path, backbone: Backbone, task: str | None = 
     if config.get("architecture") == "lora":
         deltas = tuple(_low_rank(stated, modules, backbone))
     else:
-        deltas = tuple(_bottlenecks(config, modules, backbone, hooked))
+        deltas = tuple(_bottlenecks(stated, modules, backbone, hooked))
     for path, parts in modules.items():
         for part in parts:
             raise RefusedCheckpoint(
@@ -75,31 +77,31 @@ def read_adapterhub_folder(folder: Path, backbone: Backbone, task: str | None = 
         backbone_fingerprint=backbone.fingerprint,
         deltas=deltas,
         head=read_head(folder, backbone, task),
-        source={"format": "adapters", "method": _method(config), "version": str(stated.get("version"))},
+        source={"format": "adapters", "method": method(config), "version": str(stated.get("version"))},
     )
 
 
-def check_config(stated: Mapping[str, Any], *, hooked: bool = False) -> None:
-    """Raise RefusedCheckpoint for what is not implemented, naming it and its value. hooked: made through an
-    AdapterModelInterface, for models the library does not know."""
+def refusals(stated: Mapping[str, Any], *, hooked: bool) -> Iterator[RefusedCheckpoint]:
+    """Everything in adapter_config.json that is not implemented, each with its value and a remedy. hooked: made
+    through an AdapterModelInterface, for models the library does not know."""
     config = stated.get("config")
     if not isinstance(config, dict):
-        raise RefusedCheckpoint(
-            f"config {config!r} in adapter_config.json is not served; save the adapter with adapters 1.x"
-        )
+        yield RefusedCheckpoint(f"config {config!r} in {CONFIG_FILE} is not served; save it with adapters 1.x")
+        return
     if config.get("architecture") not in (None, "lora"):
-        raise RefusedCheckpoint(
+        yield RefusedCheckpoint(
             f"architecture {config['architecture']!r} is not served; bottleneck and lora are", param="architecture"
         )
-    for key, value in config.items():
-        if key not in _HONOURED | _NEUTRAL and is_set(value):
-            raise RefusedCheckpoint(
-                f"{key} {value!r} in adapter_config.json is not served; train without it", param=key
-            )
-    if config.get("architecture") == "lora":
         return
-    _tap(config, hooked)
-    _activation(stated)
+    for key, value in config.items():
+        if key not in HONOURED | _NEUTRAL and is_set(value):
+            yield RefusedCheckpoint(f"{key} {value!r} in {CONFIG_FILE} is not served; train without it", param=key)
+    if config.get("architecture") is None:
+        try:
+            _tap(config, hooked)
+            _activation(stated)
+        except RefusedCheckpoint as refusal:
+            yield refusal
 
 
 def _tap(config: Mapping[str, Any], hooked: bool) -> str:
@@ -156,8 +158,9 @@ def _take(modules: _Modules, path: str, part: str, shape: tuple[int, ...]) -> Te
 
 
 def _bottlenecks(
-    config: Mapping[str, Any], modules: _Modules, backbone: Backbone, hooked: bool
+    stated: Mapping[str, Any], modules: _Modules, backbone: Backbone, hooked: bool
 ) -> Iterator[Bottleneck]:
+    config, activation = stated["config"], _activation(stated)
     names = {"attn": "attention.output", "ffn": "output"}
     if hooked or backbone.config.model_type == "distilbert":
         names = {"attn": "attention_adapters", "ffn": "output_adapters"}
@@ -173,7 +176,7 @@ def _bottlenecks(
             yield Bottleneck(
                 layer=layer,
                 site=f"{sub}.{_tap(config, hooked)}",
-                activation=_activation({"config": config, "version": ""}),
+                activation=activation,
                 down=_take(modules, path, "adapter_down.0.weight", (rank, hidden)).T.contiguous(),
                 down_bias=_take(modules, path, "adapter_down.0.bias", (rank,)),
                 up=(_take(modules, path, "adapter_up.weight", (hidden, rank)).T * scale).contiguous(),
@@ -222,7 +225,7 @@ def _alpha(stated: Mapping[str, Any]) -> float:
     return float(config["r"] if old else config["alpha"])
 
 
-def _method(config: Mapping[str, Any]) -> str:
+def method(config: Mapping[str, Any]) -> str:
     if config.get("architecture") == "lora":
         return "ia3" if config.get("composition_mode") == "scale" else "lora"
     if config.get("is_parallel"):

@@ -23,7 +23,7 @@ from vbert.formats.tensors import is_set, read_json, read_tensors, weight_files
 from vbert.formats.transformers_folder import Backbone
 from vbert.tenant import Delta, Dense, Norm, TenantModule
 
-__all__ = ["CONFIG_FILE", "check_config", "read_peft_folder"]
+__all__ = ["CONFIG_FILE", "HONOURED", "read_peft_folder", "refusals"]
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -36,7 +36,7 @@ _NEUTRAL |= {"total_step"}
 _COMMON = {"target_modules", "exclude_modules", "modules_to_save"}
 _LAYERS = {"layers_to_transform", "layers_pattern", "bias", "r"}
 _LORA = {"lora_alpha", "rank_pattern", "init_lora_weights"}
-_HONOURED = {
+HONOURED = {
     "LORA": _COMMON | _LAYERS | _LORA | {"alpha_pattern", "use_rslora", "use_dora", "lora_bias"},
     "IA3": _COMMON | {"feedforward_modules"},
     "ADALORA": _COMMON | _LAYERS | _LORA | {"init_r"},
@@ -57,7 +57,8 @@ def read_peft_folder(folder: Path, backbone: Backbone, task: str | None = None) 
     Raises: RefusedCheckpoint naming what cannot be honoured, CorruptFile for missing, misshapen or bad tensors.
     """
     config = read_json(folder / CONFIG_FILE)
-    check_config(config)
+    for refusal in refusals(config):
+        raise refusal
     tensors = read_tensors(weight_files(folder, "adapter_model"))
     model_type = backbone.config.model_type
     prefix = NAMES[model_type].prefix + "."
@@ -81,30 +82,35 @@ def read_peft_folder(folder: Path, backbone: Backbone, task: str | None = None) 
     )
 
 
-def check_config(config: Mapping[str, Any]) -> None:
-    """Raise RefusedCheckpoint for a method or option that is not implemented, naming it and its value."""
+def refusals(config: Mapping[str, Any]) -> Iterator[RefusedCheckpoint]:
+    """Every method and option of a config that is not implemented, each with its value and a remedy."""
     method = str(config.get("peft_type"))
     if method not in METHODS:
-        raise RefusedCheckpoint(
+        yield RefusedCheckpoint(
             f"peft_type {method} is not served; one of {', '.join(METHODS)} is: train the adapter with one of them",
             param="peft_type",
         )
+        return
     for key, value in config.items():
-        if key not in _NEUTRAL | _HONOURED[method] and is_set(value):
-            raise RefusedCheckpoint(f"{key} {value!r} in {CONFIG_FILE} is not served; train without it", param=key)
+        if key not in _NEUTRAL | HONOURED[method] and is_set(value):
+            yield RefusedCheckpoint(f"{key} {value!r} in {CONFIG_FILE} is not served; train without it", param=key)
     start = config.get("init_lora_weights")
     if start not in _STARTS:
-        raise RefusedCheckpoint(
+        yield RefusedCheckpoint(
             f"init_lora_weights {start!r} changes the base weights; save the adapter with "
             "path_initial_model_for_weight_conversion, which makes it a plain LoRA",
             param="init_lora_weights",
         )
     if config.get("use_dora") and config.get("lora_bias"):
-        raise RefusedCheckpoint(
+        yield RefusedCheckpoint(
             "lora_bias with use_dora is not served, nor by peft; train without one", param="lora_bias"
         )
     if not config.get("target_modules"):
-        raise RefusedCheckpoint(f"target_modules is empty in {CONFIG_FILE}; list the modules", param="target_modules")
+        yield RefusedCheckpoint(f"target_modules is empty in {CONFIG_FILE}; list the modules", param="target_modules")
+    if config.get("task_type") not in (None, *KIND_OF_TASK):
+        yield RefusedCheckpoint(
+            f"task_type {config['task_type']} is not served; one of {', '.join(KIND_OF_TASK)} is", param="task_type"
+        )
 
 
 def _by_module(tensors: Mapping[str, Tensor], model_type: str) -> dict[str, dict[str, Tensor]]:
@@ -218,10 +224,6 @@ def _task_type(
     """PEFT's task type; from the model class or the head's tensors where the config has none."""
     stated = config.get("task_type")
     if stated is not None:
-        if stated not in KIND_OF_TASK:
-            raise RefusedCheckpoint(
-                f"task_type {stated} is not served; one of {', '.join(KIND_OF_TASK)} is", param="task_type"
-            )
         return str(stated)
     if kind is not None:
         return TASK_OF_KIND[kind]
