@@ -48,8 +48,11 @@ def use_threads(work: int) -> None:
     The compute lane sets torch's thread count to what the machine can give (a busy neighbour makes every
     barrier wait for a time slice, 8 ms measured against 0.2 ms of work); the kernels follow it.
     """
-    most = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+    torch_threads = torch.get_num_threads()
+    most = min(torch_threads, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     numba.set_num_threads(max(1, min(most, work // _WORK_PER_THREAD)))
+    if torch.get_num_threads() != torch_threads:  # numba's first launch sets OpenMP, and so torch, to all cores
+        torch.set_num_threads(torch_threads)
 
 
 @intrinsic
