@@ -99,8 +99,8 @@ def tiny_tokenizer(model_type: str, folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     options = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 64}
     options |= {"cls_token": cls, "pad_token": pad, "sep_token": sep, "unk_token": unk}
-    if pad == "<pad>":
-        options["model_input_names"] = ["input_ids", "attention_mask"]
+    types = ["token_type_ids"] if model_type == "bert" else []
+    options["model_input_names"] = ["input_ids", *types, "attention_mask"]
     (folder / "tokenizer_config.json").write_text(json.dumps(options))
 
 

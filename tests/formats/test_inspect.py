@@ -14,6 +14,8 @@ from vbert.formats.original import self_tests
 from vbert.formats.transformers_folder import read_backbone
 from vbert.tenant import Dense, Head, TenantModule
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # peft's own remarks on how it is used
+
 
 def native_module(backbone, generator):
     """BitFit, MaskBert and Diff together, with a head."""

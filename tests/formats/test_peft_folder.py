@@ -13,6 +13,7 @@ from vbert.formats import read_tenant
 from vbert.tenant import Affine, LowRank, Norm
 
 peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore")  # peft's own remarks on odd adapters and old options
 ATTENTION = {"distilbert": ["q_lin", "v_lin"], "mpnet": ["attn.q", "attn.v"]}
 DENSE = {"distilbert": ["out_lin", "lin1", "lin2", "k_lin"], "mpnet": ["attn.o", "dense", "attn.k"]}
 EVERY = {kind: ATTENTION[kind] + DENSE[kind] for kind in ATTENTION}
