@@ -68,9 +68,9 @@ def write_backbone(shape: str, folder: Path, *, seed: int) -> Path:
     return folder
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def record(argv: Sequence[str] | None = None) -> None:
     """Record the token counts of the test sets in lengths.json."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = argparse.ArgumentParser(description=record.__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with SET/test.jsonl.gz for each set")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
     parser.add_argument("--rows", type=int, default=500, help="random rows of each set")
@@ -89,4 +89,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    record()
