@@ -293,8 +293,9 @@ def _import(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"added": added, "refused": refused}))
     else:
-        _print(added, columns=(*_COLUMNS, "created"))
-        _print(refused, columns=("tenant", "error"))
+        _print(added, columns=(*_COLUMNS, "new"))
+        if refused:
+            _print(refused, columns=("tenant", "error"))
     return _complain(f"{len(refused)} of {len(paths)} checkpoints are refused") if refused else 0
 
 
@@ -316,7 +317,7 @@ def _put(store: TenantStore | RemoteStore, name: str, data: bytes, **options: An
     from vbert.checkpoint import parse_header
 
     version, created = store.put(name, data, ModuleFacts.of(parse_header(data)), **options)
-    return asdict(version) | {"created": created}
+    return asdict(version) | {"new": created}
 
 
 def _list(args: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ __all__ = ["printable", "record", "table"]
 
 def table(records: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     """A header and one line a record; columns as wide as they must be, none ever cut."""
-    rows = [[column.removesuffix("_s").replace("_", " ") for column in columns]]
+    rows = [[column.removesuffix("_s").removeprefix("num_") for column in columns]]
     rows += [[_cell(name, item[name]) for name in columns] for item in records]
     return _aligned(rows)
 

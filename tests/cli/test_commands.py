@@ -118,7 +118,7 @@ def test_train_adds_what_it_trained(ok, tmp_path, backbone):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = ("--backbone", backbone.folder, "--train", tmp_path / "rows.jsonl", "--method", "head", "--epochs", 1)
     report = ok("train", *settings, "yesno", "--dev-share", 0.5, "--store", tmp_path / "store", "--json")
-    assert (report["tenant"], report["version"], report["created"]) == ("yesno", 1, True)
+    assert (report["tenant"], report["version"], report["new"]) == ("yesno", 1, True)
     assert (report["labels"], report["path"]) == (["no", "yes"], None)
     ok("train", "again", *settings, "--dev-share", 0.5, "--out", tmp_path / "out.safetensors")
     added = ok("tenants", "add", "again", tmp_path / "out.safetensors", "--backbone", backbone.folder, "--store",

@@ -29,9 +29,9 @@ def names(found):
 def test_the_life_of_a_tenant(ok, refused, target, backbone, checkpoints):
     add = ("tenants", "add", "demo", "--backbone", backbone.folder, *target, "--json")
     first = ok(*add, checkpoints / "intent.safetensors")
-    assert (first["tenant"], first["version"], first["active"], first["created"]) == ("demo", 1, True, True)
+    assert (first["tenant"], first["version"], first["active"], first["new"]) == ("demo", 1, True, True)
     assert (first["task"], first["kinds"], len(first["labels"])) == ("classify", ["low_rank"], 3)
-    assert ok(*add, checkpoints / "intent.safetensors")["created"] is False
+    assert ok(*add, checkpoints / "intent.safetensors")["new"] is False
     assert ok(*add, checkpoints / "vectors.safetensors", "--if-match", 1)["version"] == 2
     assert "has version 2, not version 1" in refused(*add, checkpoints / "intent.safetensors", "--if-match", 1)
 
@@ -112,7 +112,7 @@ def test_tables_for_people(ok, tmp_path, backbone, checkpoints):
     where = ("--store", tmp_path / "store")
     ok("tenants", "add", "t", checkpoints / "intent.safetensors", "--backbone", backbone.folder, *where)
     header, row = ok("tenants", "list", *where).splitlines()
-    assert header.split() == ["tenant", "version", "active", "task", "kinds", "num", "bytes", "created"]
+    assert header.split() == ["tenant", "version", "active", "task", "kinds", "bytes", "created"]
     assert row.split()[:5] == ["t", "1", "yes", "classify", "low_rank"]
     shown = dict(line.split(maxsplit=1) for line in ok("tenants", "show", "t", *where).splitlines())
     assert shown["fingerprint"] == backbone.fingerprint
@@ -181,4 +181,4 @@ def test_the_environment_stands_in_for_flags(ok, monkeypatch, server, tmp_path, 
     monkeypatch.setenv("VBERT_BACKBONE", str(backbone.folder))
     assert "intent" in names(ok("tenants", "list", "--json"))
     # A flag goes before the variable of the other one.
-    assert ok("tenants", "add", "t", checkpoints / "intent.safetensors", "--store", tmp_path / "s", "--json")["created"]
+    assert ok("tenants", "add", "t", checkpoints / "intent.safetensors", "--store", tmp_path / "s", "--json")["new"]
