@@ -109,6 +109,8 @@ def bind(config: HttpConfig) -> socket.socket:
         with ExitStack() as undo:
             listening = undo.enter_context(socket.socket(family, kind, protocol))
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # Accepted sockets inherit it: the kernel drops a client that does not read its answer.
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(config.write_timeout_s * 1000))
             listening.bind(address)
             undo.pop_all()
     except OSError as error:

@@ -12,8 +12,8 @@ import re
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
 from functools import partial
+from secrets import token_hex
 from typing import Any
-from uuid import uuid4
 
 from aiohttp import hdrs, web
 
@@ -107,7 +107,7 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
 def _request_id(request: web.Request) -> str:
     """The client's own, if it is one that may stand in a log."""
     given = request.headers.get("X-Request-Id", "")
-    return given if _REQUEST_ID.fullmatch(given) else uuid4().hex
+    return given if _REQUEST_ID.fullmatch(given) else token_hex(16)
 
 
 def _unmatched(request: web.Request, error: web.HTTPException) -> VbertError:

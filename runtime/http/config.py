@@ -34,6 +34,7 @@ class HttpConfig:
     max_uploads: int = option(2, "tenant uploads held in memory at once; more wait for their turn")
     read_timeout_s: float = option(15.0, "seconds within which a JSON body must have arrived")
     upload_timeout_s: float = option(300.0, "seconds within which a tenant upload must have arrived")
+    write_timeout_s: float = option(60.0, "seconds a client may take none of an answer that waits for it")
     keepalive_s: float = option(75.0, "seconds a connection may wait for a whole request head, the first one included")
 
     def __post_init__(self) -> None:

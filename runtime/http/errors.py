@@ -44,8 +44,6 @@ __all__ = [
 class HttpError(VbertError):
     """`headers` go out with the answer."""
 
-    code = "bad_request"
-
     def __init__(self, message: str, *, param: str | None = None, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message, param=param)
         self.headers = headers or {}
@@ -109,7 +107,7 @@ STATUS: dict[type[VbertError], int] = {
     serving.ModuleTooLarge: 507,
     serving.StoreFull: 507,
     serving.ComputeFailed: 500,
-    HttpError: 400,
+    HttpError: 500,
     MalformedBody: 400,
     Unauthorized: 401,
     Forbidden: 403,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from uuid import uuid4
+from secrets import token_hex
 
 from aiohttp import web
 
@@ -30,7 +30,7 @@ class _JsonProtocol(web.RequestHandler):
     ) -> web.StreamResponse:
         if request.writer.output_size > 0:
             raise ConnectionError("an answer is under way already")
-        request_id = uuid4().hex
+        request_id = token_hex(16)
         if status == 400:
             error: VbertError = MalformedBody(
                 "the request is not HTTP/1.1, or its head is too large; see /openapi.json"

@@ -160,6 +160,19 @@ async def test_a_client_that_left_is_not_computed():
         assert (await client.ask("POST", "/v1/embeddings", json=TEXT)).status == 200
 
 
+async def test_a_client_that_does_not_read_its_answer_is_dropped():
+    engine = FakeEngine()
+    engine.width = 1_000_000
+    async with served(engine, write_timeout_s=0.2) as client:
+        port = int(client.url.rsplit(":", 1)[1])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1000)
+        body = json.dumps({"model": "acme.a", "input": ["x"] * 8}).encode()
+        writer.write(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        await reader.readexactly(100)
+        await _until(lambda: not any("RequestHandler.start" in repr(task) for task in asyncio.all_tasks()))
+        writer.close()
+
+
 async def test_draining_answers_what_was_admitted_and_refuses_the_rest():
     engine = FakeEngine()
     engine.gate.clear()
