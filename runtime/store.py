@@ -109,7 +109,7 @@ class TenantStore:
     Args:
         folder: made if absent (mode 0700), unless `create` is false, which raises ConfigError instead.
         max_bytes: of all blobs together, those of removed tenants included until `collect_garbage` deletes them.
-    Raises: ConfigError (no store there, or one of another schema version), CorruptFile.
+    Raises: ConfigError (no store there, one of another schema version, or not writable), CorruptFile.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, max_bytes: int | None = None, create: bool = True) -> None:
@@ -125,7 +125,11 @@ class TenantStore:
         except BaseException:
             os.close(self._in_use)
             raise
-        self.collect_garbage(frozenset())
+        try:
+            self.collect_garbage(frozenset())
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Close every connection; no other method may be called afterwards."""

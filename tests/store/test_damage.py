@@ -161,6 +161,12 @@ def test_a_catalogue_that_is_no_database(folder):
         TenantStore(folder)
 
 
+def test_a_catalogue_that_cannot_be_opened(folder):
+    (folder / "catalogue.sqlite").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="unable to open database file; check the permissions"):
+        TenantStore(folder)
+
+
 def test_another_database_in_its_place(folder):
     TenantStore(folder).close()
     (folder / "catalogue.sqlite").unlink()
