@@ -17,7 +17,7 @@ from typing import Any
 
 from aiohttp import hdrs, web
 
-from runtime.http.auth import ANONYMOUS, Key
+from runtime.http.auth import ANONYMOUS, Key, check_local
 from runtime.http.bodies import parse_json, parse_query
 from runtime.http.call import STATE, Call, ServerState
 from runtime.http.errors import MethodNotAllowed, UnknownRoute, error_response, status_of
@@ -59,6 +59,8 @@ async def endpoint(route: Route, request: web.Request) -> web.Response:
 def _authorise(route: Route, state: ServerState, request: web.Request) -> Key:
     if not route.scopes:
         return ANONYMOUS
+    if state.keys.is_open:
+        check_local(request.headers)
     key = state.keys.authenticate(request.headers.get(hdrs.AUTHORIZATION))
     key.check_scope(route.scopes)
     return key

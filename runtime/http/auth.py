@@ -13,16 +13,18 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from hmac import compare_digest
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from runtime.http.config import is_loopback
 from runtime.http.errors import Forbidden, Unauthorized
 from vbert.errors import ConfigError
 
-__all__ = ["ADMIN", "ANONYMOUS", "INFER", "METRICS", "SCOPES", "Key", "KeyRing", "make_key"]
+__all__ = ["ADMIN", "ANONYMOUS", "INFER", "METRICS", "SCOPES", "Key", "KeyRing", "check_local", "make_key"]
 
 INFER, ADMIN, METRICS = "infer", "admin", "metrics"
 SCOPES = (INFER, ADMIN, METRICS)
@@ -91,6 +93,28 @@ def _read_key(line: str) -> Key:
         raise ConfigError(f"{len(fields)} fields instead of the 4 of name:sha256:scopes:tenants")
     name, digest, scopes, tenants = fields
     return Key(name=name, digest=digest, scopes=frozenset(scopes.split(",")), tenants=tuple(tenants.split(",")))
+
+
+def check_local(headers: Mapping[str, str]) -> None:
+    """A server without keys trusts this machine's programs, not web pages from elsewhere that a browser on it shows.
+
+    Such a page reaches a loopback address under another Host (a name rebound to it) or with its own Origin.
+    Raises Forbidden.
+    """
+    for name in ("Host", "Origin"):
+        value = headers.get(name, "localhost")
+        if not is_loopback(_hostname(value)):
+            raise Forbidden(
+                f"{name} is {value[:80]!r} and a server without keys answers this machine only; set keys", param=name
+            )
+
+
+def _hostname(value: str) -> str:
+    """Of a Host or an Origin; "" if there is none."""
+    try:
+        return urlsplit(value if "//" in value else f"//{value}").hostname or ""
+    except ValueError:
+        return ""
 
 
 class KeyRing:

@@ -113,8 +113,8 @@ def _responses(route: Route, keys: bool) -> dict[str, Any]:
 def _failures(route: Route, keys: bool) -> list[int]:
     """Statuses a route may fail with, from what it takes and does."""
     statuses = {400, 500}  # 400: a request that is not HTTP
-    if keys and route.scopes:
-        statuses |= {401, 403}
+    if route.scopes:
+        statuses |= {401, 403} if keys else {403}
     if not route.while_draining:
         statuses.add(503)
     if route.names_tenant:

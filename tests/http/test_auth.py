@@ -114,6 +114,29 @@ async def test_the_key_is_the_caller(keys):
     assert [keywords["caller"] for _, _, keywords in engine.calls] == ["acme", "local"]
 
 
+async def test_without_keys_a_web_page_from_elsewhere_is_refused(keys):
+    pages = ({"Host": "evil.example:80"}, {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Host": "[::1"})
+    programs = ({}, {"Host": "localhost:1"}, {"Host": "[::1]:80"}, {"Origin": "http://127.0.0.1:3000"})
+    async with served(FakeEngine()) as client:
+        for headers in pages:
+            answer = await client.ask("POST", "/v1/tenants/other/rollback", headers=headers)
+            assert (answer.status, answer.code) == (403, "forbidden")
+            assert (await client.ask("GET", "/health/live", headers=headers)).status == 200
+        for headers in programs:
+            assert (await client.ask("POST", "/v1/tenants/other/rollback", headers=headers)).status == 200
+    async with served(FakeEngine(), keys=keys["file"]) as client:
+        for headers in pages[:3]:
+            assert (await client.ask("GET", "/v1/models", headers=headers, key=keys["infer"])).status == 200
+
+
+async def test_a_backbone_whose_name_has_a_slash_is_a_model_like_others():
+    engine = FakeEngine()
+    engine.name = "org/base"
+    async with served(engine) as client:
+        assert (await client.ask("GET", "/v1/models/org%2Fbase")).json["parent"] is None
+        assert (await client.ask("POST", "/v1/embeddings", json={"model": "org/base", "input": "x"})).status == 200
+
+
 def test_a_keys_file_holds_no_secret():
     secret, key = make_key("a", ["infer"], ["x.*", "y"])
     assert secret not in key.line()

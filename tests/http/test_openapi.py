@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
 
@@ -39,8 +40,9 @@ DOCUMENT = json.loads(openapi_document(EngineConfig(**OPTIONS), HttpConfig(), ke
 schema = schemathesis.openapi.from_dict(DOCUMENT, config=schemathesis.Config.from_dict(CONFIG))
 
 
+@pytest.mark.slow
 @schema.parametrize()
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 def test_whatever_is_sent_is_answered_as_the_document_says(server, case):
     model = case.body.get("model") if isinstance(case.body, dict) else None
     if isinstance(model, str) and 0 < len(model) <= 256 and len(json.dumps(case.body, default=str)) % 2:

@@ -19,7 +19,9 @@ from serve import main, run
 
 ROOT = Path(__file__).resolve().parents[2]
 BODY = json.dumps({"model": "base", "input": "hello"}).encode()
-HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+HEAD = (
+    b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+)
 
 
 @contextmanager
