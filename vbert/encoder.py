@@ -1,4 +1,4 @@
-"""The frozen shared encoder: embeddings, attention, feed-forward, and one step `layer(i, ...)` of a packed batch.
+"""The frozen shared encoder: embeddings, feed-forward, and one step `layer(i, ...)` of a packed batch.
 
 Weights of BERT, RoBERTa, XLM-R, DistilBERT and MPNet come under one set of names (vbert/formats/names.py), so there is
 one code path. It knows nothing of tenants but the `BatchDeltas` it asks at each site.
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vbert.activations import activate
-from vbert.batch import AttentionBucket, AttentionPlan, PackedRows
+from vbert.attention import PackedAttention, RelativeBias
+from vbert.batch import PackedRows
 from vbert.config import EMBEDDING_LAYER, EncoderConfig
 from vbert.deltas import BatchDeltas
 
@@ -47,8 +48,7 @@ class _Layer:
 
 
 class Encoder:
-    """A frozen encoder in one dtype on one device. Source: Devlin et al. 2019, arXiv:1810.04805; MPNet's relative
-    position bias: Song et al. 2020, arXiv:2004.09297."""
+    """A frozen encoder in one dtype on one device. Source: Devlin et al. 2019, arXiv:1810.04805."""
 
     def __init__(
         self, config: EncoderConfig, weights: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
@@ -83,8 +83,7 @@ class Encoder:
             )
             for p in (f"layers.{i}" for i in range(config.num_layers))
         )
-        self._relative = get("relative_attention_bias") if config.relative_buckets else None
-        self._relative_by_length: dict[int, Tensor] = {}
+        self._relative = RelativeBias(get("relative_attention_bias")) if config.relative_buckets else None
 
     def embed(self, rows: PackedRows, deltas: BatchDeltas) -> Tensor:
         """Token rows to the hidden states that enter layer 0, [T, H]."""
@@ -94,13 +93,17 @@ class Encoder:
         hidden = hidden.add_(F.embedding(rows.position_ids, self._position))
         return self._normed(hidden, self._emb_norm, EMBEDDING_LAYER, "emb_norm", deltas)
 
-    def layer(self, i: int, hidden: Tensor, rows: PackedRows, deltas: BatchDeltas) -> Tensor:
-        """One transformer layer with every tenant's deltas, [T, H] -> [T, H]. `hidden` may be overwritten."""
+    def attention(self, rows: PackedRows) -> PackedAttention:
+        """The attention of this batch, for every `layer` call."""
+        return PackedAttention(rows.attention, self.config.num_heads, self._relative)
+
+    def layer(self, i: int, hidden: Tensor, attention: PackedAttention, deltas: BatchDeltas) -> Tensor:
+        """One transformer layer with every tenant's deltas, [T, H] -> [T, H]."""
         layer = self._layers[i]
         qkv = layer.qkv(hidden)
         sites = dict(zip(("q", "k", "v"), qkv.chunk(3, dim=1), strict=True))
         deltas.after_linear(i, hidden, sites)
-        context = deltas.before_linear(i, "attn_out", self._attention(qkv, rows.attention), in_place=True)
+        context = deltas.before_linear(i, "attn_out", attention(qkv), in_place=True)
         out = layer.attn_out(context)
         deltas.after_linear(i, context, {"attn_out": out})
         hidden = self._close(i, "attn", hidden, out, layer.attn_norm, deltas)
@@ -129,50 +132,3 @@ class Encoder:
         out = F.layer_norm(rows, (rows.shape[1],), norm.weight, norm.bias, eps)
         deltas.norm(layer, site, rows, out, eps)
         return out
-
-    def _attention(self, qkv: Tensor, plan: AttentionPlan) -> Tensor:
-        """[T, 3 H] -> context [T, H]; a sequence attends to itself only."""
-        rows = qkv if plan.gather is None else qkv.index_select(0, plan.gather)
-        context = torch.empty_like(rows[:, : self.config.hidden_size])
-        for bucket in plan.buckets:
-            self._attend(bucket, rows, context)
-        return context if plan.scatter is None else context.index_select(0, plan.scatter)
-
-    def _attend(self, bucket: AttentionBucket, rows: Tensor, context: Tensor) -> None:
-        n, length, config = bucket.count, bucket.length, self.config
-        span = slice(bucket.first, bucket.first + n * length)
-        split = rows[span].view(n, length, 3, config.num_heads, config.head_size)
-        q, k, v = (split[:, :, part].transpose(1, 2) for part in range(3))  # [n, A, L, D]
-        bias = self._score_bias(bucket)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        context[span].view(n, length, config.num_heads, config.head_size).copy_(out.transpose(1, 2))
-
-    def _score_bias(self, bucket: AttentionBucket) -> Tensor | None:
-        if self._relative is None:
-            return bucket.mask
-        bias = self._relative_bias(bucket.length).unsqueeze(0)
-        return bias if bucket.mask is None else bias.masked_fill(~bucket.mask, float("-inf"))
-
-    def _relative_bias(self, length: int) -> Tensor:
-        """[A, L, L]: MPNet's bias for every pair of positions, one table for all layers."""
-        if length not in self._relative_by_length:
-            assert self._relative is not None
-            positions = torch.arange(length, device=self._relative.device)
-            buckets = _relative_buckets(positions[None, :] - positions[:, None], self.config.relative_buckets)
-            self._relative_by_length[length] = F.embedding(buckets, self._relative).permute(2, 0, 1).contiguous()
-        return self._relative_by_length[length]
-
-
-def _relative_buckets(distance: Tensor, num_buckets: int, max_distance: int = 128) -> Tensor:
-    """Bucket of key position - query position: half of the buckets for each sign, exact near, logarithmic afar.
-
-    Source: the bucketing of T5, Raffel et al. 2020, arXiv:1910.10683, as MPNet uses it.
-    """
-    half = num_buckets // 2
-    exact = half // 2
-    sign = (distance > 0).to(torch.int64) * half
-    n = distance.abs()
-    far = exact + (
-        torch.log(n.clamp(min=1).float() / exact) / torch.log(torch.tensor(max_distance / exact)) * (half - exact)
-    ).to(torch.int64)
-    return sign + torch.where(n < exact, n, far.clamp(max=half - 1))

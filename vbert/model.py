@@ -87,9 +87,10 @@ class Model:
     @torch.inference_mode()
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Last hidden states in packed order, [T, H]."""
+        attention = self.encoder.attention(batch.rows)
         hidden = self.encoder.embed(batch.rows, batch.deltas)
         for i in range(self.config.num_layers):
-            hidden = self.encoder.layer(i, hidden, batch.rows, batch.deltas)
+            hidden = self.encoder.layer(i, hidden, attention, batch.deltas)
         return hidden
 
     @torch.inference_mode()
