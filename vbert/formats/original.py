@@ -8,6 +8,7 @@ first load. Nothing of our own maths is used, so that a reader's mistake shows a
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vbert.errors import SelfTestFailed
+from vbert.formats import locate_checkpoint
 from vbert.formats.adapterhub_folder import INTERFACE_FILE
 from vbert.formats.adapterhub_head import HEAD_FILE
 from vbert.formats.names import NAMES
@@ -62,16 +64,17 @@ def self_tests(path: Path, backbone: Backbone, module: TenantModule) -> tuple[Se
 @torch.no_grad()
 def original_outputs(path: Path, backbone: Backbone, module: TenantModule, inputs: Sequence[Encoded]) -> list[Tensor]:
     """fp32 head outputs, one an input; [] where the library of this format is not installed."""
+    path, format_name = locate_checkpoint(path)
     loaders = {"peft": _load_peft, "adapters": _load_adapters, "transformers": _load_transformers}
-    load = loaders.get(str(module.source.get("format")))
+    load = loaders.get(format_name)
     if load is None:
         return []
     try:
         with _quiet():
             model = load(path, backbone, module.head)
+            return [_output(model, module.head, backbone, encoded) for encoded in inputs]
     except ImportError:
         return []
-    return [_output(model, module.head, backbone, encoded) for encoded in inputs]
 
 
 def _output(model: Any, head: Head, backbone: Backbone, encoded: Encoded) -> Tensor:
@@ -141,13 +144,16 @@ def _from_pretrained(auto: Any, folder: Path, head: Head) -> Any:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Their notes on newly initialised weights are about layers that the adapter overwrites."""
-    import transformers
+    import transformers  # sets its own level when it is first imported
 
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    loggers = [logging.getLogger(name) for name in (transformers.__name__, "adapters")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        transformers.logging.set_verbosity(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
