@@ -6,9 +6,11 @@ Raw means before softmax or sigmoid: logits [C], token logits [n, C], or the poo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Hashable, Sequence
+from functools import cached_property
+from itertools import groupby
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -21,32 +23,58 @@ __all__ = ["run_heads"]
 
 
 def run_heads(
-    hidden: Tensor,
-    cu_seqlens: NDArray,  # type: ignore[type-arg]
-    heads: Sequence[Head],
-    pooler: Dense | None,
+    hidden: Tensor, cu_seqlens: NDArray[np.int64], heads: Sequence[Head], pooler: Dense | None
 ) -> list[Tensor]:
     """Apply to each sequence its own head.
 
     Args:
-        hidden: [T, H] last hidden states.  cu_seqlens: [B + 1].  heads: [B]; neighbours with the same head object are
-            computed in one product.  pooler: the backbone's own, for heads with `shared_pooler`.
+        hidden: [T, H] last hidden states.  cu_seqlens: [B + 1].  heads: [B]; neighbours that compute the same are
+            computed together.  pooler: the backbone's own, for heads with `shared_pooler`.
     Returns: per sequence the raw answer, float32, on the host.
     """
+    pooled = _Pooled(hidden, cu_seqlens)
     answers: list[Tensor] = []
-    first = 0
-    for i in range(1, len(heads) + 1):
-        if i == len(heads) or heads[i] is not heads[first]:
-            answers.extend(_run(hidden, cu_seqlens[first : i + 1].tolist(), heads[first], pooler))
-            first = i
+    for _, group in groupby(range(len(heads)), key=lambda i: _same_work(heads[i])):
+        members = list(group)
+        answers.extend(_run(pooled, members[0], members[-1] + 1, heads[members[0]], pooler))
     return answers
 
 
-def _run(hidden: Tensor, bounds: list[int], head: Head, pooler: Dense | None) -> list[Tensor]:
-    """The raw answers of neighbouring sequences that share a head. bounds: their row limits."""
-    rows = hidden[bounds[0] : bounds[-1]].float()
-    lengths = [b - a for a, b in pairwise(bounds)]
-    x = _pool(rows, lengths, head.pooling)
+class _Pooled:
+    """The rows of a batch by pooling, in float32, each made when the first head asks."""
+
+    def __init__(self, hidden: Tensor, cu_seqlens: NDArray[np.int64]) -> None:
+        self._hidden, self.bounds = hidden, cu_seqlens
+        self._starts = torch.from_numpy(cu_seqlens[:-1])
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """[T, H]."""
+        return self._hidden.float()
+
+    @cached_property
+    def cls(self) -> Tensor:
+        """[B, H]: the first token of each sequence."""
+        return self._hidden.index_select(0, self._starts).float()
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """[B, H]: over all tokens of each sequence, special ones included."""
+        rows = torch.arange(self._hidden.shape[0])
+        return F.embedding_bag(rows, self.tokens, self._starts, mode="mean")
+
+
+def _same_work(head: Head) -> Hashable:
+    """Heads with the same key compute the same; tenants without layers of their own differ in nothing."""
+    if head.layers:
+        return id(head)
+    return head.kind, head.pooling, head.shared_pooler, head.normalise
+
+
+def _run(pooled: _Pooled, first: int, last: int, head: Head, pooler: Dense | None) -> list[Tensor]:
+    """The raw answers of sequences first <= i < last."""
+    bounds = pooled.bounds[first : last + 1].tolist()
+    x = pooled.tokens[bounds[0] : bounds[-1]] if head.pooling == "none" else getattr(pooled, head.pooling)[first:last]
     if head.shared_pooler:
         assert pooler is not None  # checked when the tenant was registered
         x = _dense(x, pooler)
@@ -54,17 +82,7 @@ def _run(hidden: Tensor, bounds: list[int], head: Head, pooler: Dense | None) ->
         x = _dense(x, layer)
     if head.kind == "embed" and head.normalise:
         x = F.normalize(x, dim=1)
-    return list(torch.split(x, lengths)) if head.pooling == "none" else list(x.unbind())
-
-
-def _pool(rows: Tensor, lengths: list[int], pooling: str) -> Tensor:
-    """[n, H] rows of some sequences to one row each ([n, H] again for `none`)."""
-    if pooling == "none":
-        return rows
-    if pooling == "cls":
-        starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
-        return rows.index_select(0, starts.to(rows.device))
-    return torch.stack([part.mean(0) for part in torch.split(rows, lengths)])
+    return list(torch.split(x, np.diff(bounds).tolist())) if head.pooling == "none" else list(x.unbind())
 
 
 def _dense(x: Tensor, layer: Dense) -> Tensor:
