@@ -15,7 +15,7 @@ from torch import Tensor
 from vbert.arena import ArenaClass, ResidentTenant
 from vbert.batch import Segments
 from vbert.peft.affine import replace_norm, scale_and_shift, scale_input
-from vbert.peft.bottleneck import add_bottleneck, has_site
+from vbert.peft.bottleneck import add_bottleneck
 from vbert.peft.low_rank import add_low_rank
 from vbert.peft.sparse import add_sparse
 from vbert.peft.use import ClassUse
@@ -49,12 +49,12 @@ class BatchDeltas:
         add_sparse(self._uses["sparse"], layer, x, outs)
         scale_and_shift(self._uses["affine"], layer, outs)
 
-    def changes_linear(self, layer: int, site: str) -> bool:
-        """Whether `after_linear` would do anything at this site."""
-        return any(has_site(self._uses[kind], layer, site) for kind in ("low_rank", "sparse", "affine"))
-
-    def has_bottleneck(self, layer: int, site: str) -> bool:
-        return has_site(self._uses["bottleneck"], layer, site)
+    def bottleneck_rows(self, layer: int, site: str) -> slice | None:
+        """A range that holds every row with a bottleneck at this site; None where there is none."""
+        used = [use.segments for use in self._uses["bottleneck"] if use.at(layer, site)]
+        if not used:
+            return None
+        return slice(min(int(s.start[0]) for s in used), max(int(s.stop[-1]) for s in used))
 
     def bottleneck(self, layer: int, site: str, tap: Tensor, out: Tensor) -> None:
         """Add the bottlenecks of a site, reading `tap` [T, H], into `out` [T, H]."""

@@ -120,15 +120,24 @@ class Encoder:
         """Bottlenecks around a sub-layer, the residual and the LayerNorm. `out` is overwritten."""
         deltas.bottleneck(i, f"{sub}.input>output", entered, out)
         deltas.bottleneck(i, f"{sub}.output>output", out, out)
-        if deltas.has_bottleneck(i, f"{sub}.normed>output"):
-            normed = self._normed(out + entered, norm, i, f"{sub}_norm", deltas)
+        if (span := deltas.bottleneck_rows(i, f"{sub}.normed>output")) is not None:
+            total = torch.empty_like(out)  # only the rows that are read are ever filled
+            torch.add(out[span], entered[span], out=total[span])
+            normed = self._normed(total, norm, i, f"{sub}_norm", deltas, span)
             deltas.bottleneck(i, f"{sub}.normed>output", normed, out)
         hidden = self._normed(out.add_(entered), norm, i, f"{sub}_norm", deltas)
         deltas.bottleneck(i, f"{sub}.after>after", hidden, hidden)
         return hidden
 
-    def _normed(self, rows: Tensor, norm: _Norm, layer: int, site: str, deltas: BatchDeltas) -> Tensor:
-        eps = self.config.layer_norm_eps
-        out = F.layer_norm(rows, (rows.shape[1],), norm.weight, norm.bias, eps)
+    def _normed(
+        self, rows: Tensor, norm: _Norm, layer: int, site: str, deltas: BatchDeltas, span: slice | None = None
+    ) -> Tensor:
+        """LayerNorm of `rows` [T, H], of those in `span` only where one is given."""
+        eps, width = self.config.layer_norm_eps, (rows.shape[1],)
+        if span is None:
+            out = F.layer_norm(rows, width, norm.weight, norm.bias, eps)
+        else:
+            out = torch.empty_like(rows)
+            out[span] = F.layer_norm(rows[span], width, norm.weight, norm.bias, eps)
         deltas.norm(layer, site, rows, out, eps)
         return out

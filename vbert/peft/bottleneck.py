@@ -13,11 +13,7 @@ from torch import Tensor
 from vbert.kernels.segmented_bottleneck import segmented_bottleneck
 from vbert.peft.use import ClassUse
 
-__all__ = ["add_bottleneck", "has_site"]
-
-
-def has_site(uses: Sequence[ClassUse], layer: int, site: str) -> bool:
-    return any(use.at(layer, site) for use in uses)
+__all__ = ["add_bottleneck"]
 
 
 def add_bottleneck(uses: Sequence[ClassUse], layer: int, site: str, tap: Tensor, out: Tensor) -> None:
