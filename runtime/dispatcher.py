@@ -21,7 +21,7 @@ from typing import Any
 from runtime.clock import Clock
 from runtime.config import EngineConfig
 from runtime.errors import DeadlineExceeded, Draining, QueueFull, RequestTooLarge, ServerFull
-from runtime.inputs import check_inputs, check_method, in_chunks, num_chars
+from runtime.inputs import check_inputs, check_method, in_chunks
 from runtime.metrics import Metrics
 from runtime.pending import Pending
 from runtime.request import Input, Served, Slice
@@ -167,19 +167,24 @@ class Dispatcher:
             raise copy(self.refusal)
         served = self.serves(tenant)
         check_method(served, method)
-        checked = check_inputs(
+        num_chars = check_inputs(
             inputs, method, max_inputs=self.config.max_request_inputs, max_chars=self.config.max_input_chars
         )
+        inputs = list(inputs)
         deadline_s = arrival_s + _checked_deadline(terms.deadline_s, self.config.default_deadline_s)
         with _counted(self.live, served.key.digest):
-            with self._room_for(terms.caller, len(checked)):
-                encoded = await self._encode(checked, method, served, terms.truncate, deadline_s)
+            self._check_room(terms.caller, len(inputs))
+            if num_chars <= _INLINE_CHARS:
+                encoded = self._encode(method, served, terms, inputs)
+            else:
+                with _counted(self._tokenizing, terms.caller, len(inputs)):
+                    encoded = await self._encode_aside(method, served, terms, inputs, deadline_s)
             pending = Pending(
                 request_id=next(self._ids),
                 method=method,
                 served=served,
                 caller=terms.caller,
-                inputs=checked,
+                inputs=inputs,
                 encoded=encoded,
                 arrival_s=arrival_s,
                 enqueued_s=self.clock.now_s(),
@@ -207,9 +212,8 @@ class Dispatcher:
             self.queue.forget(pending.request_id, pending.deadline_s)
             self.wake()
 
-    @contextmanager
-    def _room_for(self, caller: str, num_inputs: int) -> Iterator[None]:
-        """Count inputs as waiting while they are tokenised. Raises RequestTooLarge, QueueFull, ServerFull."""
+    def _check_room(self, caller: str, num_inputs: int) -> None:
+        """Raises RequestTooLarge, QueueFull, ServerFull."""
         limit = self.config.max_queue_inputs
         share = max(1, int(limit * self.config.max_caller_share))
         if num_inputs > share:
@@ -227,8 +231,6 @@ class Dispatcher:
                 f"{all_callers} inputs wait, {limit} may; send {num_inputs} more later",
                 retry_after_s=self._retry_after_s(all_callers + num_inputs - limit, all_callers),
             )
-        with _counted(self._tokenizing, caller, num_inputs):
-            yield
 
     def _waiting_inputs(self, caller: str) -> tuple[int, int]:
         """(inputs of this caller, inputs of all) that were admitted and have not gone into a batch."""
@@ -242,22 +244,26 @@ class Dispatcher:
             return _UNKNOWN_RETRY_S
         return self.queue.num_tokens / rate * min(1.0, excess / max(1, waiting))
 
-    async def _encode(
-        self, inputs: Sequence[Input], method: str, served: Served, truncate: bool, deadline_s: float
+    async def _encode_aside(
+        self, method: str, served: Served, terms: Terms, inputs: Sequence[Input], deadline_s: float
     ) -> list[Encoded]:
-        """Tokenise, on the loop when it is quick. Raises InputTooLong, DeadlineExceeded."""
-        max_length = served.max_length if truncate else None
-        encode = partial(self.tokenizer.encode, max_length=max_length, offsets=method == "token_classify")
-        if sum(map(num_chars, inputs)) <= _INLINE_CHARS:
-            encoded = encode(inputs)
-        else:
-            encoded = []
-            for chunk in in_chunks(inputs):  # in pieces, so that other requests get their turn in the thread
-                encoded += await asyncio.get_running_loop().run_in_executor(self.lane, encode, chunk)
-                if self.clock.now_s() >= deadline_s:
-                    raise DeadlineExceeded("the deadline passed while the input was tokenised; allow more time")
-        for i, one in enumerate(encoded):
-            if one.full_length > served.max_length and not truncate:
+        """Tokenise in the thread for it, in pieces, so that other requests get their turn. Raises DeadlineExceeded."""
+        encoded: list[Encoded] = []
+        for chunk in in_chunks(inputs):
+            encode = partial(self._encode, method, served, terms, chunk, before=len(encoded))
+            encoded += await asyncio.get_running_loop().run_in_executor(self.lane, encode)
+            if self.clock.now_s() >= deadline_s:
+                raise DeadlineExceeded("the deadline passed while the input was tokenised; allow more time")
+        return encoded
+
+    def _encode(
+        self, method: str, served: Served, terms: Terms, inputs: Sequence[Input], *, before: int = 0
+    ) -> list[Encoded]:
+        """Raises InputTooLong; `before` inputs of the request came before these."""
+        max_length = served.max_length if terms.truncate else None
+        encoded = self.tokenizer.encode(inputs, max_length=max_length, offsets=method == "token_classify")
+        for i, one in enumerate(encoded, before):
+            if one.full_length > served.max_length and not terms.truncate:
                 whose = f"tenant {served.key.tenant!r}" if served.own_limit else "the backbone"
                 raise InputTooLong(
                     f"input {i} has {one.full_length} tokens, {whose} takes {served.max_length}; shorten it or send "
@@ -269,7 +275,7 @@ class Dispatcher:
     def _count(self, pending: Pending) -> None:
         self.metrics.inputs[pending.method] += len(pending.encoded)
         self.metrics.tokens += sum(len(e.token_ids) for e in pending.encoded)
-        self.metrics.observe_request(pending.served.kinds, pending.timings())
+        self.metrics.observe_request(pending.served.kinds, pending.timings)
 
 
 @contextmanager

@@ -23,17 +23,15 @@ def check_method(served: Served, method: str) -> None:
         )
 
 
-def check_inputs(inputs: Any, method: str, *, max_inputs: int, max_chars: int) -> list[Input]:
-    """The inputs as a list. Raises BadRequest (wrong type, none, empty text), RequestTooLarge (too many, too long)."""
+def check_inputs(inputs: Any, method: str, *, max_inputs: int, max_chars: int) -> int:
+    """Code points of all inputs. Raises BadRequest (wrong type, none, empty), RequestTooLarge (too many, too long)."""
     if isinstance(inputs, str) or not isinstance(inputs, Sequence):
         raise BadRequest(f"the input is of type {type(inputs).__name__}; send a list of inputs", param="input")
     if not inputs:
         raise BadRequest("the list of inputs is empty; send at least one", param="input")
     if len(inputs) > max_inputs:
         raise RequestTooLarge(f"{len(inputs)} inputs, the limit is {max_inputs}; send fewer at once", param="input")
-    for i, item in enumerate(inputs):
-        _check_input(i, item, method, max_chars)
-    return list(inputs)
+    return sum(_check_input(i, item, method, max_chars) for i, item in enumerate(inputs))
 
 
 def as_pairs(query: Any, documents: Any) -> list[tuple[str, str]]:
@@ -53,6 +51,8 @@ def num_chars(item: Input) -> int:
     """Code points of a text, a pair or a list of words; a token id counts as a word of four."""
     if isinstance(item, str):
         return len(item)
+    if item and isinstance(item[0], int):
+        return 4 * len(item)
     return sum(len(part) if isinstance(part, str) else 4 for part in item)
 
 
@@ -70,7 +70,7 @@ def in_chunks(inputs: Sequence[Input]) -> Iterator[list[Input]]:
     yield chunk
 
 
-def _check_input(i: int, item: Any, method: str, max_chars: int) -> None:
+def _check_input(i: int, item: Any, method: str, max_chars: int) -> int:
     if isinstance(item, bytes | bytearray) or not isinstance(item, str | Sequence):
         raise BadRequest(f"input {i} is of type {type(item).__name__}; send a text, a pair or a list", param="input")
     pair = isinstance(item, tuple)
@@ -85,6 +85,7 @@ def _check_input(i: int, item: Any, method: str, max_chars: int) -> None:
     size = num_chars(item)
     if size > max_chars:
         raise RequestTooLarge(f"input {i} has {size} characters, the limit is {max_chars}; shorten it", param="input")
+    return size
 
 
 def _is_words(item: Any) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Lanes"]
+__all__ = ["Lanes", "usable_cores"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,8 @@ class Lanes:
 
     @classmethod
     def open(cls, compute_threads: int) -> Lanes:
-        """compute_threads: cores of the compute lane, 0 for all that this process may use."""
-        cores = compute_threads or len(os.sched_getaffinity(0))
+        """compute_threads: cores of the compute lane to begin with, 0 for all that this process may use."""
+        cores = compute_threads or usable_cores()
         return cls(
             compute=_lane("compute", 1, cores),
             loader=_lane("loader", 2, 1),
@@ -42,6 +42,11 @@ class Lanes:
         """Wait for what runs, forget what does not run yet."""
         for lane in (self.imports, self.tokenizer, self.loader, self.compute, self.store):
             lane.shutdown(wait=True, cancel_futures=True)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def _lane(name: str, num_threads: int, torch_threads: int) -> ThreadPoolExecutor:

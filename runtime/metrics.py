@@ -97,6 +97,7 @@ class MetricsSnapshot:
     queue_tokens: int
     in_flight_batches: int
     tokens_per_s: float | None
+    compute_threads: int = 0  # of the last batch
 
 
 @dataclass(slots=True)
@@ -110,6 +111,7 @@ class Metrics:
     batches: int = 0
     batch_tokens: Histogram = field(default_factory=lambda: Histogram(TOKENS))
     compute_busy_s: float = 0.0
+    compute_threads: int = 0
     reruns: int = 0
     computed_inputs: Counter[str] = field(default_factory=Counter)
     loads: Counter[str] = field(default_factory=Counter)
@@ -119,10 +121,12 @@ class Metrics:
 
     def observe_request(self, kinds: tuple[str, ...], timings: Timings) -> None:
         """The split of one answered request's time."""
-        for stage in STAGES:
+        named = "+".join(kinds)
+        if ("total", named) not in self.seconds:
             # Without recent observations: there are many of these, and sorting all of them would hold the event loop.
-            histogram = self.seconds.setdefault((stage, "+".join(kinds)), Histogram(SECONDS, recent=0))
-            histogram.observe(getattr(timings, f"{stage}_s"))
+            self.seconds.update({(stage, named): Histogram(SECONDS, recent=0) for stage in STAGES})
+        for stage in STAGES:
+            self.seconds[stage, named].observe(getattr(timings, f"{stage}_s"))
 
     def snapshot(
         self,
@@ -158,4 +162,5 @@ class Metrics:
             queue_tokens=queue_tokens,
             in_flight_batches=in_flight_batches,
             tokens_per_s=tokens_per_s,
+            compute_threads=self.compute_threads,
         )

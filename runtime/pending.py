@@ -33,9 +33,9 @@ class Pending:
     cold_since_s: float | None = None
     load_s: float = 0.0
     compute_s: float = 0.0
-    finished_s: float = 0.0
     outputs: list[Tensor | None] = field(default_factory=list)
     missing: int = 0
+    timings: Timings = field(init=False)  # once all inputs are computed
 
     def __post_init__(self) -> None:
         self.outputs = [None] * len(self.encoded)
@@ -65,7 +65,7 @@ class Pending:
         self.missing -= len(outputs)
         self.compute_s += compute_s
         if not self.missing and not self.future.done():
-            self.finished_s = now_s
+            self.timings = self._split(now_s)
             self.future.set_result(None)
 
     def fail(self, error: VbertError) -> None:
@@ -73,9 +73,9 @@ class Pending:
         if not self.future.done():
             self.future.set_exception(error)
 
-    def timings(self) -> Timings:
+    def _split(self, finished_s: float) -> Timings:
         """The stages add up to the total: what is neither tokenising, loading nor computing was waiting."""
-        total_s = self.finished_s - self.arrival_s
+        total_s = finished_s - self.arrival_s
         tokenize_s = self.enqueued_s - self.arrival_s
         queue_s = max(0.0, total_s - tokenize_s - self.load_s - self.compute_s)
         return Timings(

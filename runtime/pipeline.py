@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 
+import torch
 from torch import Tensor
 
 from runtime.clock import Clock
 from runtime.errors import ComputeFailed
 from runtime.metrics import Metrics
+from runtime.threads import ThreadChoice
 from runtime.throughput import Throughput
 from vbert.arena import ResidentTenant
 from vbert.errors import VbertError
@@ -34,14 +36,16 @@ _log = logging.getLogger(__name__)
 class _Computed:
     outcomes: list[Outcome]
     compute_s: float
+    num_threads: int
     reran: bool
 
 
 class Pipeline:
     """`launch` from the event loop; `done` is called on it. State is touched by the event loop only."""
 
-    def __init__(self, model: Model, lane: Executor, clock: Clock, metrics: Metrics) -> None:
+    def __init__(self, model: Model, lane: Executor, threads: ThreadChoice, clock: Clock, metrics: Metrics) -> None:
         self._model, self._lane, self._clock, self._metrics = model, lane, clock, metrics
+        self._threads = threads
         self._throughput = Throughput()
         self.in_flight = 0
         self._busy_until_s: float | None = None
@@ -70,7 +74,7 @@ class Pipeline:
         self.in_flight += 1
         loop = asyncio.get_running_loop()
         finished = partial(self._finished, num_tokens, done)
-        future = self._lane.submit(self._compute, sequences)
+        future = self._lane.submit(self._compute, sequences, self._threads.choose(num_tokens))
         future.add_done_callback(lambda computed: loop.call_soon_threadsafe(finished, computed))
 
     async def replay(self, sequences: Sequence[SequenceInput]) -> list[Tensor]:
@@ -101,6 +105,9 @@ class Pipeline:
         self.in_flight -= 1
         self._moved_s = self._clock.now_s()
         self._throughput.observe(num_tokens, computed.compute_s)
+        if not computed.reran:
+            self._threads.observe(computed.num_threads, num_tokens, computed.compute_s)
+        self._metrics.compute_threads = computed.num_threads
         self._metrics.batches += 1
         self._metrics.batch_tokens.observe(num_tokens)
         self._metrics.compute_busy_s += computed.compute_s
@@ -109,8 +116,10 @@ class Pipeline:
 
     # ---- on the compute thread -------------------------------------------------------------------------------------
 
-    def _compute(self, sequences: Sequence[SequenceInput]) -> _Computed:
+    def _compute(self, sequences: Sequence[SequenceInput], num_threads: int) -> _Computed:
         started_s = self._clock.now_s()
+        if torch.get_num_threads() != num_threads:
+            torch.set_num_threads(num_threads)
         try:
             outcomes: list[Outcome] = list(self._forward(sequences))
         except Exception as error:
@@ -120,7 +129,7 @@ class Pipeline:
         if reran:
             groups = groupby(sequences, key=lambda sequence: sequence.tenant)
             outcomes = [outcome for _, group in groups for outcome in self._alone(list(group))]
-        return _Computed(outcomes, self._clock.now_s() - started_s, reran)
+        return _Computed(outcomes, self._clock.now_s() - started_s, num_threads, reran)
 
     def _alone(self, sequences: list[SequenceInput]) -> list[Outcome]:
         """The sequences of one tenant, whose errors concern nobody else."""

@@ -79,10 +79,10 @@ class WaitingQueue:
     def take(self, request_id: int, count: int) -> None:
         """The first `count` inputs still to run leave for a batch."""
         request = self._waiting[request_id]
-        rest = replace(request, lengths=request.lengths[count:], first=request.first + count)
-        if not rest.lengths:
+        if count == len(request.lengths):
             self._drop(request)
             return
+        rest = replace(request, lengths=request.lengths[count:], first=request.first + count)
         self._count(request, -1)
         self._count(rest, +1)
         self.ready_tokens += rest.tokens - request.tokens

@@ -13,6 +13,7 @@ from runtime.clock import MonotonicClock
 from runtime.errors import ComputeFailed
 from runtime.metrics import Metrics
 from runtime.pipeline import Pipeline
+from runtime.threads import ThreadChoice
 from tests.serving.helpers import Dense
 from vbert.arena import Arena
 from vbert.checkpoint import parse_header, write_tenant
@@ -46,7 +47,7 @@ def model(backbone):
 @pytest.fixture
 async def pipeline(model):
     with ThreadPoolExecutor(1) as lane:
-        yield Pipeline(model, lane, MonotonicClock(), Metrics())
+        yield Pipeline(model, lane, ThreadChoice((1,)), MonotonicClock(), Metrics())
 
 
 @pytest.fixture
