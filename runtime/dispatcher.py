@@ -64,6 +64,7 @@ class Dispatcher:
 
     def __post_init__(self) -> None:
         self.refusal: VbertError | None = None  # why nothing is admitted any more
+        self._abandoned: VbertError | None = None  # why nothing admitted is computed any more
         self._empty = asyncio.Event()
         self.live: Counter[str] = Counter()  # admitted, unanswered requests by digest: their files must stay
         self._tokenizing: Counter[str] = Counter()  # admitted inputs by caller that are not in the queue yet
@@ -128,7 +129,7 @@ class Dispatcher:
 
     def abandon(self, error: VbertError) -> None:
         """Fail every open request and admit none: the engine stops or broke."""
-        self.refusal = error
+        self.refusal = self._abandoned = error
         for pending in tuple(self._open.values()):
             self.fail(pending, error)
 
@@ -165,6 +166,8 @@ class Dispatcher:
         arrival_s = self.clock.now_s()
         if self.refusal is not None:
             raise copy(self.refusal)
+        if not isinstance(tenant, str):
+            raise BadRequest(f"the tenant is of type {type(tenant).__name__}; give its name", param="model")
         served = self.serves(tenant)
         check_method(served, method)
         num_chars = check_inputs(
@@ -199,6 +202,8 @@ class Dispatcher:
         return pending
 
     def _enqueue(self, pending: Pending) -> None:
+        if self._abandoned is not None:
+            raise copy(self._abandoned)
         ready = self.is_ready(pending.served.key.digest)
         if not ready:
             pending.make_cold(pending.enqueued_s)
@@ -252,6 +257,8 @@ class Dispatcher:
         for chunk in in_chunks(inputs):
             encode = partial(self._encode, method, served, terms, chunk, before=len(encoded))
             encoded += await asyncio.get_running_loop().run_in_executor(self.lane, encode)
+            if self._abandoned is not None:
+                raise copy(self._abandoned)
             if self.clock.now_s() >= deadline_s:
                 raise DeadlineExceeded("the deadline passed while the input was tokenised; allow more time")
         return encoded

@@ -193,23 +193,23 @@ class Engine:
 
     async def list_tenants(self, *, after: str = "", limit: int = 1000) -> list[TenantVersion]:
         """Active versions of the tenants whose id sorts after `after`."""
-        return await self._running.tenants.read(self._running.parts.store.list, after, limit)
+        return await self._running.tenants.run(self._running.parts.store.list, after, limit)
 
     async def get_tenant(self, tenant: str) -> TenantVersion:
         """The active version."""
-        return await self._running.tenants.read(self._running.parts.store.get, tenant)
+        return await self._running.tenants.run(self._running.parts.store.get, tenant)
 
     async def versions(self, tenant: str) -> list[TenantVersion]:
-        return await self._running.tenants.read(self._running.parts.store.versions, tenant)
+        return await self._running.tenants.run(self._running.parts.store.versions, tenant)
 
     async def activate(self, tenant: str, version: int, *, if_match: int | None = None) -> TenantVersion:
         """Serve that version from the next request on."""
         activate = partial(self._running.parts.store.activate, if_match=if_match)
-        return await self._running.tenants.read(activate, tenant, version)
+        return await self._running.tenants.run(activate, tenant, version)
 
     async def rollback(self, tenant: str) -> TenantVersion:
         """Serve the version that was active before the present one."""
-        return await self._running.tenants.read(self._running.parts.store.rollback, tenant)
+        return await self._running.tenants.run(self._running.parts.store.rollback, tenant)
 
     # ---- start and stop --------------------------------------------------------------------------------------------
 
@@ -262,6 +262,7 @@ class Engine:
         self._main.cancel()
         await asyncio.wait([self._main])
         await core.collect_garbage()
+        core.tenants.closed = True
         await asyncio.to_thread(core.lanes.close)
         core.parts.store.close()
         self._core = None

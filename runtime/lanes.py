@@ -39,9 +39,9 @@ class Lanes:
         )
 
     def close(self) -> None:
-        """Wait for what runs, forget what does not run yet."""
+        """Finish what was begun, then end. Callers see to it that nothing new comes."""
         for lane in (self.imports, self.tokenizer, self.loader, self.compute, self.store):
-            lane.shutdown(wait=True, cancel_futures=True)
+            lane.shutdown(wait=True)
 
 
 def usable_cores() -> int:

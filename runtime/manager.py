@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from concurrent.futures import Executor
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -43,12 +43,14 @@ class ResidencyListener(Protocol):
 @dataclass(slots=True, eq=False)
 class _Entry:
     """`ran`: whether a batch used it since it was loaded. Until then it stays for the requests it was loaded for,
-    or two tenants could evict each other for ever without either being served."""
+    or two tenants could evict each other for ever without either being served. `leaving`: no new batch may use it, and
+    it goes with the last one that does, or tenants that are always in use would never make room."""
 
     tenant: ResidentTenant
     last_used_s: float
     pins: int = 0
     ran: bool = False
+    leaving: bool = False
 
 
 @dataclass(kw_only=True, eq=False)
@@ -98,7 +100,8 @@ class Manager:
             if self.clock.now_s() < failure[1]:
                 raise copy(failure[0])
             del self._failures[digest]
-        return digest in self._resident or not digest
+        entry = self._resident.get(digest)
+        return not digest or (entry is not None and not entry.leaving)
 
     # ---- use -------------------------------------------------------------------------------------------------------
 
@@ -116,10 +119,12 @@ class Manager:
             entry = self._resident[digest]
             entry.pins, entry.ran = entry.pins - 1, True
             self._touch(digest, entry)
+            if entry.leaving and not entry.pins:
+                self._evict(digest)
             self.recheck()
 
     def load(self, digest: str) -> None:
-        """Begin to bring a module in, unless that is under way or done."""
+        """Begin to bring a module in, unless it is here, or on its way in or out."""
         if digest not in self._resident and digest not in self._loading:
             self._loading[digest] = None
             self.spawn(self._load(digest))
@@ -145,7 +150,7 @@ class Manager:
         except Exception as error:
             explained = _explained(error, digest)
             outcome = explained.code
-            self._failures[digest] = (explained, self.clock.now_s() + _FORGET_FAILURE_S)
+            self._remember(digest, explained)
             self.listener.failed(digest, explained)
         finally:
             del self._loading[digest]
@@ -153,6 +158,11 @@ class Manager:
             self.metrics.load_s.observe(self.clock.now_s() - started_s)
             self.recheck()
             self.wake()
+
+    def _remember(self, digest: str, error: VbertError) -> None:
+        now_s = self.clock.now_s()
+        recent = {other: failure for other, failure in self._failures.items() if failure[1] > now_s}
+        self._failures = recent | {digest: (error, now_s + _FORGET_FAILURE_S)}
 
     async def _bring_in(self, digest: str) -> ResidentTenant:
         run, path = asyncio.get_running_loop().run_in_executor, self.files(digest)
@@ -179,27 +189,42 @@ class Manager:
                 if self._make_room(need_bytes) and (reservation := self.arena.reserve(header, digest)) is not None:
                     self._bytes.update(reservation.bytes_by_kind)
                     return reservation
+                self._retire(need_bytes)
                 self._changed.clear()
                 await self._changed.wait()
 
     def _make_room(self, need_bytes: int) -> bool:
-        free_bytes = self.budget_bytes - self._bytes.total()
-        victims = self.policy.evict(self._candidates(), free_bytes=free_bytes, need_bytes=need_bytes)
+        """Evict what nobody uses until so many bytes are free; nothing when that is not enough."""
+        victims = self._victims(need_bytes, self._is_pinned)
         for digest in victims or ():
             self._evict(digest)
         return victims is not None
 
-    def _candidates(self) -> Iterator[Resident]:
-        for digest, entry in self._resident.items():
-            yield Resident(
+    def _retire(self, need_bytes: int) -> None:
+        """Choose again among the modules in use; those chosen take part in no new batch and go when theirs end."""
+        for digest in self._victims(need_bytes, self._is_awaited) or ():
+            self._resident[digest].leaving = True
+            self.listener.left(digest)
+
+    def _victims(self, need_bytes: int, pinned: Callable[[str, _Entry], bool]) -> tuple[str, ...] | None:
+        candidates = (
+            Resident(
                 digest=digest,
                 num_bytes=entry.tenant.num_bytes,
                 last_used_s=entry.last_used_s,
-                pinned=self._is_pinned(digest, entry),
+                pinned=pinned(digest, entry),
             )
+            for digest, entry in self._resident.items()
+        )
+        free_bytes = self.budget_bytes - self._bytes.total()
+        return self.policy.evict(candidates, free_bytes=free_bytes, need_bytes=need_bytes)
+
+    def _is_awaited(self, digest: str, entry: _Entry) -> bool:
+        """Loaded for requests that have not run yet."""
+        return not entry.ran and self.listener.waits_for(digest)
 
     def _is_pinned(self, digest: str, entry: _Entry) -> bool:
-        return entry.pins > 0 or (not entry.ran and self.listener.waits_for(digest))
+        return entry.pins > 0 or self._is_awaited(digest, entry)
 
     def _touch(self, digest: str, entry: _Entry) -> None:
         entry.last_used_s = self.clock.now_s()

@@ -52,7 +52,8 @@ class Pending:
         )
 
     def make_cold(self, now_s: float) -> None:
-        self.cold_since_s = now_s
+        if self.cold_since_s is None:
+            self.cold_since_s = now_s
 
     def make_ready(self, now_s: float) -> None:
         if self.cold_since_s is not None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Set
+from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from runtime.config import EngineConfig
-from runtime.errors import InvalidTenantId, ModuleTooLarge, RequestTooLarge
+from runtime.errors import Draining, InvalidTenantId, ModuleTooLarge, RequestTooLarge
 from runtime.lanes import Lanes
 from runtime.store import ModuleFacts, TenantStore, TenantVersion, check_tenant_id
 from vbert.arena import Arena
@@ -37,6 +38,7 @@ class Tenants:
     lanes: Lanes
     reserved: str
     removed: set[str] = field(default_factory=set)  # digests whose files may be garbage
+    closed: bool = False
 
     async def add(
         self, tenant: str, source: Source, *, activate: bool, if_match: int | None, task: str | None = None
@@ -51,33 +53,39 @@ class Tenants:
         check_tenant_id(tenant)
         if tenant == self.reserved:
             raise InvalidTenantId(f"{tenant!r} is the name of the backbone; choose another name", param="tenant")
-        loop = asyncio.get_running_loop()
-        data = (
-            source
-            if isinstance(source, bytes)
-            else await loop.run_in_executor(self.lanes.imports, self._converted, Path(source), task)
-        )
-        put = partial(self._put, activate=activate, if_match=if_match)
-        return await loop.run_in_executor(self.lanes.imports, put, tenant, data)
+        put = partial(self._put, activate=activate, if_match=if_match, task=task)
+        return await self._run(self.lanes.imports, put, tenant, source)
 
     async def remove(self, tenant: str, *, if_match: int | None) -> None:
         """Forget a tenant. Requests already admitted are still answered; their files go when the last one is."""
-        versions = await self.read(self.store.versions, tenant)
-        await self.read(partial(self.store.remove, if_match=if_match), tenant)
-        self.removed.update(version.digest for version in versions)
+        self.removed |= await self.run(partial(self._remove, if_match=if_match), tenant)
 
     async def collect(self, in_use: Set[str]) -> Set[str]:
         """Delete files of removed tenants but those in use. Returns the removed digests that nobody uses any more."""
         gone = self.removed - in_use
-        await self.read(self.store.collect_garbage, in_use)
+        await self.run(self.store.collect_garbage, in_use)
         self.removed -= gone
         return gone
 
-    async def read(self, method: Callable[..., T], *args: object) -> T:
+    async def run(self, method: Callable[..., T], *args: object) -> T:
         """A method of the store, on its thread."""
-        return await asyncio.get_running_loop().run_in_executor(self.lanes.store, method, *args)
+        return await self._run(self.lanes.store, method, *args)
 
-    def _put(self, tenant: str, data: bytes, *, activate: bool, if_match: int | None) -> tuple[TenantVersion, bool]:
+    async def _run(self, lane: Executor, method: Callable[..., T], *args: object) -> T:
+        """One job in one thread: what has begun is finished also when the engine stops."""
+        if self.closed:
+            raise Draining("the server is stopping and changes no tenants; ask another one")
+        return await asyncio.get_running_loop().run_in_executor(lane, method, *args)
+
+    def _remove(self, tenant: str, *, if_match: int | None) -> set[str]:
+        digests = {version.digest for version in self.store.versions(tenant)}
+        self.store.remove(tenant, if_match=if_match)
+        return digests
+
+    def _put(
+        self, tenant: str, source: Source, *, activate: bool, if_match: int | None, task: str | None
+    ) -> tuple[TenantVersion, bool]:
+        data = source if isinstance(source, bytes) else self._converted(Path(source), task)
         return self.store.put(tenant, data, self._checked(data), activate=activate, if_match=if_match)
 
     def _converted(self, path: Path, task: str | None) -> bytes:

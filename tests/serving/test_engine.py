@@ -240,3 +240,21 @@ async def test_roll_back_without_a_version_before(serving, factory):
         await add(engine, "t", factory.tenant("lora"))
         with pytest.raises(BadRequest, match="no version before"):
             await engine.rollback("t")
+
+
+async def test_a_text_that_is_being_tokenised_when_time_is_up_is_told(config):
+    engine = Engine(config(drain_timeout_s=0.01, max_input_chars=1_000_000))
+    await engine.start()
+    asked = [asyncio.create_task(engine.embed("tiny", ["word " * 100_000], truncate=True)) for _ in range(3)]
+    await until(lambda: engine._core.dispatcher.num_open == 3)
+    await engine.stop()
+    for answer in await asyncio.gather(*asked, return_exceptions=True):
+        assert isinstance(answer, Draining)
+    with pytest.raises(Draining):
+        await engine.list_tenants()
+
+
+async def test_a_tenant_is_a_name(serving):
+    async with serving() as engine:
+        with pytest.raises(BadRequest, match="of type int"):
+            await engine.embed(3, ["a"])

@@ -233,3 +233,24 @@ async def test_numbers_that_are_not_finite_fail_their_tenant_alone(serving, fact
         )
     assert isinstance(bad, ComputeFailed | SelfTestFailed)
     assert good.tenant == "good"
+
+
+async def test_tenants_that_are_always_in_use_still_make_room(serving, factory, sizes):
+    """Two batches overlap at any time and both use the only module that fits; the other tenant gets its turn."""
+    modules = [factory.tenant("lora"), factory.tenant("lora")]
+    async with serving(module_budget_bytes=sizes(modules[0]), max_batch_tokens=64) as engine:
+        await add(engine, "hot", modules[0])
+        await add(engine, "cold", modules[1])
+        done = False
+
+        async def keep_asking():
+            while not done:
+                await engine.classify("hot", [TEXTS[0]] * 8)
+
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(8):
+                tasks.create_task(keep_asking())
+            await until(lambda: engine.snapshot().in_flight_batches == 2)
+            answers = [await engine.classify("cold", [text]) for text in TEXTS[:3]]
+            done = True
+        assert [answer.tenant for answer in answers] == ["cold"] * 3
