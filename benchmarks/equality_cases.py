@@ -97,7 +97,7 @@ def _peft_makers(backbone: Backbone) -> dict[tuple[str, str], _Maker]:
     def maker(config: Any) -> _Maker:
         def make(folder: Path) -> Path:
             model = peft.get_peft_model(_load(autos[config.task_type], backbone), config)
-            _perturb_(parameter for name, parameter in model.named_parameters() if parameter.requires_grad)
+            _perturb_(model, lambda name, parameter: parameter.requires_grad)
             model.save_pretrained(folder)
             return folder
 
@@ -131,7 +131,7 @@ def _adapter_makers(backbone: Backbone) -> dict[tuple[str, str], _Maker]:
                 model.add_adapter("t", config=config)
                 model.add_classification_head("t", num_labels=3)
             model.set_active_adapters("t")
-            _perturb_(parameter for name, parameter in model.named_parameters() if ".t." in name)
+            _perturb_(model, lambda name, parameter: ".t." in name)
             model.save_adapter(str(folder), "t", use_safetensors=True)
             return folder
 
@@ -221,9 +221,11 @@ def _load(auto: Any, backbone: Backbone) -> Any:
 
 
 @torch.no_grad()
-def _perturb_(parameters: Iterator[nn.Parameter]) -> None:
-    for parameter in parameters:
-        parameter.add_(0.02 * torch.randn_like(parameter))
+def _perturb_(model: nn.Module, trained: Callable[[str, nn.Parameter], bool]) -> None:
+    """Small numbers on everything trained; AdaLoRA's singular values start at zero between small factors."""
+    for name, parameter in model.named_parameters():
+        if trained(name, parameter):
+            parameter.add_((2.0 if "lora_E" in name else 0.02) * torch.randn_like(parameter))
 
 
 @torch.no_grad()
