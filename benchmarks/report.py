@@ -130,13 +130,10 @@ def http_options() -> str:
     return _options(HttpConfig)
 
 
-def errors() -> str:
-    """Every error class: its stable code, its class, and its HTTP status."""
-    from runtime.http.errors import STATUS
+def train_options() -> str:
+    from training.config import TrainConfig
 
-    public = {cls: status for cls, status in STATUS.items() if not cls.__name__.startswith("_")}
-    rows = sorted((status, f"`{cls.code}`", f"`{cls.__name__}`") for cls, status in public.items())
-    return markdown(["HTTP status", "code", "class"], rows)
+    return _options(TrainConfig)
 
 
 def _options(config: Any) -> str:
@@ -155,7 +152,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving": serving,
     "engine_options": engine_options,
     "http_options": http_options,
-    "errors": errors,
+    "train_options": train_options,
 }
 
 

@@ -47,7 +47,7 @@ def interleave(
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
-def best_of(candidates: Mapping[int, Callable[[], Any]], *, rounds: int = 3) -> int:
+def best_of(candidates: Mapping[int, Callable[[], Any]], *, rounds: int = 2) -> int:
     """The key of the fastest candidate by its median: how a peer gets its best batching."""
     timings = interleave({str(key): run for key, run in candidates.items()}, rounds=rounds, warmup=1)
     return min(candidates, key=lambda key: float(np.median(timings[str(key)].seconds)))
