@@ -14,7 +14,7 @@ from vbert.formats.adapterhub_folder import read_adapterhub_folder
 from vbert.formats.inspection import describe_module, inspect_checkpoint
 from vbert.formats.native import read_native
 from vbert.formats.peft_folder import CONFIG_FILE, read_peft_folder
-from vbert.formats.tensors import read_json
+from vbert.formats.tensors import malformed_is_corrupt, read_json
 from vbert.formats.transformers_folder import Backbone, fingerprint, read_backbone
 from vbert.formats.transformers_head import read_transformers_head
 from vbert.tenant import HEAD_KINDS, TenantModule
@@ -37,8 +37,9 @@ def read_tenant(path: Path | str, backbone: Backbone, *, task: str | None = None
     """
     if task is not None and task not in HEAD_KINDS:
         raise RefusedCheckpoint(f"task {task!r} is unknown; one of {', '.join(HEAD_KINDS)} is served", param="task")
-    found, format_name = locate_checkpoint(Path(path))
-    return _READERS[format_name](found, backbone, task)
+    with malformed_is_corrupt(Path(path)):
+        found, format_name = locate_checkpoint(Path(path))
+        return _READERS[format_name](found, backbone, task)
 
 
 def locate_checkpoint(path: Path) -> tuple[Path, str]:
@@ -67,7 +68,8 @@ def inspect(path: Path | str, backbone: Backbone | None = None, *, task: str | N
     Raises nothing for what is refused or broken: `refused` holds the messages, empty for a checkpoint that is served.
     """
     try:
-        found, format_name = locate_checkpoint(Path(path))
+        with malformed_is_corrupt(Path(path)):
+            found, format_name = locate_checkpoint(Path(path))
     except VbertError as error:
         return {"format": None, "method": None, "bytes": 0, "files": [], "honoured": {}, "refused": [str(error)]}
     report = inspect_checkpoint(found, format_name)

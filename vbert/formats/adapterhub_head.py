@@ -99,8 +99,9 @@ def _flex_head(stated: Mapping[str, Any], tensors: dict[str, Tensor], backbone: 
             )
         )
         position += 3 if config.get("activation_function") else 2
+    width = backbone.config.hidden_size
     head = Head(kind="classify", pooling=pooling, shared_pooler=bool(config.get("use_pooler")), layers=tuple(layers))
-    return labelled(head, task, kind, {"id2label": _id2label(config), "problem_type": problem})
+    return labelled(head, task, kind, {"id2label": _id2label(config), "problem_type": problem}, width)
 
 
 def _activation(config: Mapping[str, Any]) -> str:

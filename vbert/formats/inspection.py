@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from vbert.checkpoint import read_header
 from vbert.errors import VbertError
 from vbert.formats import adapterhub_folder, adapterhub_head, peft_folder
-from vbert.formats.tensors import is_set, read_json
+from vbert.formats.tensors import is_set, malformed_is_corrupt, read_json
 from vbert.layout import kind_of, pack
 from vbert.tenant import Head, TenantModule
 
@@ -31,8 +31,9 @@ def inspect_checkpoint(path: Path, format_name: str) -> dict[str, Any]:
         "refused": [],
     }
     try:
-        report["tensors"], report["parameters"] = _count(files)
-        report |= _DETAILS[format_name](path)
+        with malformed_is_corrupt(path):
+            report["tensors"], report["parameters"] = _count(files)
+            report |= _DETAILS[format_name](path)
     except (VbertError, OSError, SafetensorError) as error:
         report["refused"] = [str(error)]
     return report

@@ -7,13 +7,13 @@ has, whether the backbone's own pooler can be shared, and what the config says o
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from vbert.errors import RefusedCheckpoint
+from vbert.errors import CorruptFile, RefusedCheckpoint
 from vbert.formats.names import NAMES
 from vbert.formats.tensors import read_tensors, weight_files
 from vbert.formats.transformers_folder import Backbone
@@ -67,11 +67,15 @@ def build_head(
         shared_pooler = _is_shared(backbone, pooler)
         layers = layers if shared_pooler else [pooler, *layers]
     head = Head(kind="classify", pooling=shape.pooling, shared_pooler=shared_pooler, layers=tuple(layers))
-    return labelled(head, task, kind, config)
+    return labelled(head, task, kind, config, backbone.config.hidden_size)
 
 
-def labelled(head: Head, task: str, kind: str | None, config: Mapping[str, Any]) -> Head:
-    """The head with its kind, problem and label names, of a task type and a `transformers` config."""
+def labelled(head: Head, task: str, kind: str | None, config: Mapping[str, Any], hidden_size: int) -> Head:
+    """The head with its kind, problem and label names, of a task type and a `transformers` config.
+
+    Raises: CorruptFile when a layer does not take what the one before it gives; RefusedCheckpoint.
+    """
+    _check_layers(head.layers, hidden_size)
     kind, width = checked_kind(task, kind), head.layers[-1].weight.shape[0]
     if kind == "rerank" and width != 1:
         raise RefusedCheckpoint(f"a rerank head has 1 output, this one {width}; add it as classify", param="task")
@@ -102,6 +106,16 @@ def backbone_dense(backbone: Backbone, path: str) -> Dense:
             param="modules_to_save",
         )
     return Dense(weight=tensors[keys[0]], bias=tensors.get(keys[1]))
+
+
+def _check_layers(layers: Sequence[Dense], width: int) -> None:
+    for layer in layers:
+        shape = tuple(layer.weight.shape)
+        if len(shape) != 2 or shape[1] != width or (layer.bias is not None and tuple(layer.bias.shape) != shape[:1]):
+            raise CorruptFile(
+                f"a head layer has shape {shape}, [labels, {width}] fits; use the backbone it was made for"
+            )
+        width = shape[0]
 
 
 def _is_shared(backbone: Backbone, pooler: Dense) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vbert.errors import CorruptFile, RefusedCheckpoint
 
-__all__ = ["is_set", "read_json", "read_tensors", "tensor_keys", "weight_files"]
+__all__ = ["is_set", "malformed_is_corrupt", "read_json", "read_tensors", "tensor_keys", "weight_files"]
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -35,6 +35,15 @@ def read_json(path: Path) -> Any:
 def is_set(value: Any) -> bool:
     """Whether a config option asks for anything; 0 does."""
     return not (value is None or value is False or value in ("", [], {}))
+
+
+@contextmanager
+def malformed_is_corrupt(path: Path) -> Iterator[None]:
+    """Around the reading of a checkpoint: a value of the wrong type or shape in its files is the file's fault."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise CorruptFile(f"{path} holds a value that cannot be used ({error!r}); save it again") from error
 
 
 def weight_files(folder: Path, stem: str = "model") -> list[Path]:

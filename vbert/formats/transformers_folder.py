@@ -18,7 +18,7 @@ from torch import Tensor
 from vbert.config import ACTIVATIONS, MODEL_TYPES, EncoderConfig
 from vbert.errors import CorruptFile, RefusedCheckpoint
 from vbert.formats.names import NAMES, weight_keys, weight_shapes
-from vbert.formats.tensors import read_json, read_tensors, weight_files
+from vbert.formats.tensors import malformed_is_corrupt, read_json, read_tensors, weight_files
 from vbert.tenant import Dense, Head
 
 __all__ = ["Backbone", "fingerprint", "read_backbone", "read_config"]
@@ -47,6 +47,11 @@ def read_backbone(folder: Path | str) -> Backbone:
     Raises: RefusedCheckpoint naming what cannot be honoured, CorruptFile for bad weights.
     """
     folder = Path(folder)
+    with malformed_is_corrupt(folder):
+        return _read(folder)
+
+
+def _read(folder: Path) -> Backbone:
     raw = read_json(folder / "config.json")
     model_type = _checked_model_type(raw)
     prefix = NAMES[model_type].prefix + "."
@@ -119,7 +124,7 @@ def read_config(raw: dict[str, Any], *, has_pooler: bool) -> EncoderConfig:
 
 def _number(raw: dict[str, Any], key: str) -> int:
     value = raw.get(key)
-    if not isinstance(value, int) or value < 1:
+    if type(value) is not int or value < 1:
         raise RefusedCheckpoint(f"{key} is {value!r} in config.json, a whole number above 0 belongs there", param=key)
     return value
 
