@@ -209,12 +209,12 @@ def _native_makers(backbone: Backbone) -> dict[tuple[str, str], _Maker]:
 
 
 def _load(auto: Any, backbone: Backbone) -> Any:
-    """A model of the library on the backbone; a new head is drawn wide, so that logits are numbers around one."""
+    """A model of the library on the backbone; a new head is drawn a little wider than usual, so that logits are numbers around one."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     logging.getLogger("adapters").setLevel(logging.ERROR)
-    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "initializer_range": 0.2}
+    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "initializer_range": 0.05}
     if auto is not transformers.AutoModel:
         options |= {"num_labels": 3, "ignore_mismatched_sizes": True}
     return auto.from_pretrained(backbone.folder, **options).float()
