@@ -209,7 +209,7 @@ def _native_makers(backbone: Backbone) -> dict[tuple[str, str], _Maker]:
 
 
 def _load(auto: Any, backbone: Backbone) -> Any:
-    """A model of the library on the backbone; a new head is drawn a little wider than usual, so that logits are numbers around one."""
+    """A model of the library on the backbone; a new head is drawn wider than usual, so that logits are near one."""
     import transformers
 
     transformers.logging.set_verbosity_error()
