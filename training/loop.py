@@ -103,9 +103,9 @@ def _step(
 def _loss(model: TenantModel, output: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
     if model.head.problem == "regression":
         return F.mse_loss(output[:, 0], target) / model.head.target_std**2
-    return F.cross_entropy(
-        output.flatten(0, -2), target.flatten(), ignore_index=IGNORED, label_smoothing=label_smoothing
-    )
+    rows, classes = output.flatten(0, -2), target.flatten()
+    total = F.cross_entropy(rows, classes, ignore_index=IGNORED, label_smoothing=label_smoothing, reduction="sum")
+    return total / max(1, int((target != IGNORED).sum()))  # a batch may have no word that left a token
 
 
 def _optimizer(model: TenantModel, settings: FitSettings, num_steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:

@@ -6,6 +6,7 @@ import hashlib
 import pytest
 import torch
 
+from tests.recipes.conftest import write_rows
 from tests.tiny import tiny_backbone
 from training.batches import Dataset
 from training.build import build_model
@@ -135,6 +136,13 @@ def test_the_best_epoch_is_kept(make_config):
 def test_a_loss_that_is_no_number_stops_the_run(make_config):
     with pytest.raises(ConfigError, match=r"the loss is nan with lr .* lower them"):
         tiny_fit(make_config, [0.0] * 3, lr=1e30, head_lr=1e30)
+
+
+def test_a_row_whose_words_leave_no_token_does_no_harm(make_config, tmp_path):
+    rows = [{"tokens": ["\u200b"], "tags": ["O"]}, {"tokens": ["cat"], "tags": ["B-x"]}]
+    files = {"train": write_rows(tmp_path / "empty.jsonl", rows), "dev": "", "test": ""}
+    report = run(make_config("token_classify", **files, dev_share=0.5))
+    assert all(loss >= 0 for loss in report.losses)
 
 
 def test_without_a_dev_file_rows_are_held_out(make_config):
