@@ -239,7 +239,7 @@ def test_bad_files_name_the_tensor(tiny, adapter, edit, error, text):
 
 def test_pickles_are_refused_by_name(tiny, adapter):
     (adapter / "model_head.safetensors").rename(adapter / "pytorch_model_head.bin")
-    with pytest.raises(RefusedCheckpoint, match=r"pytorch_model_head\.bin and pickles"):
+    with pytest.raises(RefusedCheckpoint, match=r"pytorch_model_head\.bin and pickles.*use_safetensors=True"):
         read_tenant(adapter, tiny["bert"].backbone)
 
 

@@ -284,6 +284,7 @@ QUERY = "base_model.model.bert.encoder.layer.{}.attention.self.query.lora_A.weig
         (lambda t: t[QUERY.format(0)].fill_(float("nan")) is None, CorruptFile, "NaN"),
         (lambda t: t.update({QUERY.format(7): torch.zeros(4, 32)}), RefusedCheckpoint, "2 layers"),
         (lambda t: t.update({"base_model.model.score.weight": torch.zeros(3, 32)}), RefusedCheckpoint, "score"),
+        (lambda t: t.update({QUERY.format(0).replace("bert.", ""): torch.zeros(4, 32)}), CorruptFile, "twice"),
         (lambda t: t.pop("base_model.model.classifier.weight") is None, CorruptFile, r"promises classifier\.weight"),
         (
             lambda t: t.update({"base_model.model.bert.embeddings.word_embeddings.lora_embedding_A": torch.zeros(1)}),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vbert.config import ACTIVATIONS
 from vbert.errors import CorruptFile, RefusedCheckpoint
-from vbert.formats.adapterhub_head import read_head
+from vbert.formats.adapterhub_head import SAVE, read_head
 from vbert.formats.change import LinearChange
 from vbert.formats.names import NAMES, module_path, strip_prefix
 from vbert.formats.tensors import is_set, read_json, read_tensors, weight_files
@@ -63,7 +63,7 @@ def read_adapterhub_folder(folder: Path, backbone: Backbone, task: str | None = 
             f"is {model_type} of width {backbone.config.hidden_size}; use the backbone it was trained on",
             param="model_type",
         )
-    modules = _by_module(read_tensors(weight_files(folder, "adapter")), stated["name"], model_type)
+    modules = _by_module(read_tensors(weight_files(folder, "adapter", SAVE)), stated["name"], model_type)
     if config.get("architecture") == "lora":
         deltas = tuple(_low_rank(stated, modules, backbone))
     else:

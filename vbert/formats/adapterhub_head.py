@@ -15,9 +15,10 @@ from vbert.formats.tensors import read_json, read_tensors, weight_files
 from vbert.formats.transformers_folder import Backbone
 from vbert.tenant import Dense, Head
 
-__all__ = ["HEAD_FILE", "check_head_config", "read_head"]
+__all__ = ["HEAD_FILE", "SAVE", "check_head_config", "read_head"]
 
 HEAD_FILE = "head_config.json"
+SAVE = "save_adapter(..., use_safetensors=True)"
 
 # head_type -> task type, pooling, problem type.
 _FLEX = {
@@ -38,7 +39,7 @@ def read_head(folder: Path, backbone: Backbone, kind: str | None) -> Head:
         return backbone.embed_head
     stated = read_json(folder / HEAD_FILE)
     check_head_config(stated)
-    tensors = read_tensors(weight_files(folder, "model_head"))
+    tensors = read_tensors(weight_files(folder, "model_head", SAVE))
     head = (
         _flex_head(stated, tensors, backbone, kind)
         if stated.get("config")

@@ -125,7 +125,9 @@ def _by_module(tensors: Mapping[str, Tensor], model_type: str) -> dict[str, dict
         path, part = (match["path"], match["part"]) if match else (name.rpartition(".")[0], name.rpartition(".")[2])
         if path.endswith(".lora_B"):
             path, part = path.removesuffix(".lora_B"), f"lora_B.{part}"
-        modules.setdefault(path, {})[part] = tensors[key]
+        if part in modules.setdefault(path, {}):
+            raise CorruptFile(f"{path}.{part} is in the file twice, the second time as {key}; save the adapter again")
+        modules[path][part] = tensors[key]
     return modules
 
 

@@ -46,8 +46,8 @@ def malformed_is_corrupt(path: Path) -> Iterator[None]:
         raise CorruptFile(f"{path} holds a value that cannot be used ({error!r}); save it again") from error
 
 
-def weight_files(folder: Path, stem: str = "model") -> list[Path]:
-    """The safetensors files of a folder: `stem`.safetensors, or the shards that its index names.
+def weight_files(folder: Path, stem: str = "model", how: str = "save_pretrained") -> list[Path]:
+    """The safetensors files of a folder: `stem`.safetensors, or the shards that its index names. how: what writes it.
 
     Raises: RefusedCheckpoint when there is none, naming the pickle that is there instead.
     """
@@ -62,8 +62,7 @@ def weight_files(folder: Path, stem: str = "model") -> list[Path]:
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
         raise RefusedCheckpoint(
-            f"{folder} holds {pickles[0]} and pickles are never opened; save it again as {stem}.safetensors "
-            "(save_pretrained(..., safe_serialization=True))"
+            f"{folder} holds {pickles[0]} and pickles are never opened; save it again as {stem}.safetensors with {how}"
         )
     raise RefusedCheckpoint(f"{folder} has no {stem}.safetensors; give a folder that has one")
 
