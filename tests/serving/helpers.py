@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -50,6 +52,18 @@ async def until(condition) -> None:
 async def waiting(engine, count: int) -> None:
     """Until that many inputs wait in the queue."""
     await until(lambda: engine.snapshot().queue_inputs == count)
+
+
+@contextmanager
+def held(lane, num_threads: int = 1):
+    """Keep the threads of a lane busy until the function given is called, or the block ends."""
+    release = threading.Event()
+    busy = [lane.submit(release.wait) for _ in range(num_threads)]
+    try:
+        yield release.set
+    finally:
+        release.set()
+    assert all(future.result() for future in busy)
 
 
 async def outcome(awaitable):

@@ -12,7 +12,7 @@ import torch
 from runtime.errors import ComputeFailed, ModuleTooLarge, RequestTooLarge
 from tests.fakes import GatedPolicy, ManualClock
 from tests.random_tenants import DELTA_KINDS
-from tests.serving.helpers import Dense, add, outcome, until, waiting
+from tests.serving.helpers import Dense, add, held, outcome, until, waiting
 from tests.tiny import TEXTS
 from vbert.arena import Arena
 from vbert.checkpoint import parse_header, write_tenant
@@ -46,17 +46,14 @@ async def test_resident_tenants_go_on_while_a_load_hangs(serving, factory):
         await add(engine, "warm", factory.tenant("lora"))
         await add(engine, "cold", factory.tenant("lora"))
         await engine.classify("warm", TEXTS)
-        release = asyncio.Event()
-        loop, lane = asyncio.get_running_loop(), engine._core.lanes.loader
-        held = [lane.submit(asyncio.run_coroutine_threadsafe(release.wait(), loop).result) for _ in range(2)]
-        cold = asyncio.create_task(engine.classify("cold", TEXTS))
-        await until(lambda: engine.snapshot().loading_modules == 1)
-        for _ in range(5):
-            await engine.classify("warm", TEXTS)
-        assert not cold.done()
-        release.set()
-        assert (await cold).tenant == "cold"
-        assert all(future.result() for future in held)
+        with held(engine._core.lanes.loader, 2) as release:
+            cold = asyncio.create_task(engine.classify("cold", TEXTS))
+            await until(lambda: engine.snapshot().loading_modules == 1)
+            for _ in range(5):
+                await engine.classify("warm", TEXTS)
+            assert not cold.done()
+            release()
+            assert (await cold).tenant == "cold"
 
 
 @pytest.fixture
@@ -235,22 +232,23 @@ async def test_numbers_that_are_not_finite_fail_their_tenant_alone(serving, fact
     assert good.tenant == "good"
 
 
-async def test_tenants_that_are_always_in_use_still_make_room(serving, factory, sizes):
-    """Two batches overlap at any time and both use the only module that fits; the other tenant gets its turn."""
+async def test_a_tenant_in_use_takes_no_new_batch_while_another_waits_for_its_room(serving, factory, sizes):
+    """Otherwise overlapping batches would pin it for ever."""
     modules = [factory.tenant("lora"), factory.tenant("lora")]
-    async with serving(module_budget_bytes=sizes(modules[0]), max_batch_tokens=64) as engine:
+    async with serving(module_budget_bytes=sizes(modules[0])) as engine:
         await add(engine, "hot", modules[0])
         await add(engine, "cold", modules[1])
-        done = False
-
-        async def keep_asking():
-            while not done:
-                await engine.classify("hot", [TEXTS[0]] * 8)
-
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(8):
-                tasks.create_task(keep_asking())
-            await until(lambda: engine.snapshot().in_flight_batches == 2)
-            answers = [await engine.classify("cold", [text]) for text in TEXTS[:3]]
-            done = True
-        assert [answer.tenant for answer in answers] == ["cold"] * 3
+        await engine.classify("hot", TEXTS)
+        hot = (await engine.get_tenant("hot")).digest
+        with held(engine._core.lanes.compute) as release:
+            first = asyncio.create_task(engine.classify("hot", TEXTS))
+            await until(lambda: engine.snapshot().in_flight_batches == 1)
+            cold = asyncio.create_task(engine.classify("cold", TEXTS))
+            await until(lambda: not engine._core.manager.is_ready(hot))
+            again = asyncio.create_task(engine.classify("hot", TEXTS))
+            await waiting(engine, 2 * len(TEXTS))
+            await asyncio.sleep(0.05)
+            assert engine.snapshot().in_flight_batches == 1
+            release()
+            assert [(await task).tenant for task in (first, cold, again)] == ["hot", "cold", "hot"]
+        assert engine.snapshot().loads == {"ok": 3}

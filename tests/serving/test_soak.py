@@ -142,7 +142,7 @@ class World:
 @pytest.mark.slow
 async def test_every_answer_is_that_of_the_tenant_and_version_resolved_at_admission(serving, factory, backbone):
     world = World(factory, Dense(backbone))
-    async with serving(module_budget_bytes=200_000, max_batch_tokens=512) as engine:
+    async with serving(module_budget_bytes=60_000, max_batch_tokens=512) as engine:
         core = engine._core
         uploads = []
         for i in range(NUM_TENANTS):
@@ -162,7 +162,7 @@ async def test_every_answer_is_that_of_the_tenant_and_version_resolved_at_admiss
             for _ in range(NUM_CLIENTS):
                 tasks.create_task(world.client(engine))
         now = engine.snapshot()
-        assert sum(now.resident_bytes.values()) <= 200_000
+        assert sum(now.resident_bytes.values()) <= 60_000
         assert now.evictions > 300
         assert now.reruns == 0
         assert set(now.loads) == {"ok"}
