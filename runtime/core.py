@@ -21,7 +21,7 @@ from runtime.scheduler import BatchPolicy
 from runtime.selftest import SelfTester
 from runtime.tenants import Tenants
 from runtime.threads import ThreadChoice
-from vbert.errors import VbertError
+from vbert.errors import SelfTestFailed, VbertError
 from vbert.selftest import check_outputs
 
 __all__ = ["Core"]
@@ -101,6 +101,12 @@ class Core:
             lanes=lanes,
             reserved=parts.name,
         )
+
+    async def prove(self) -> None:
+        """The first canary. Raises SelfTestFailed unless it was answered as the dense reference answers."""
+        await self.health.canary()
+        if self.health.error is not None:
+            raise SelfTestFailed(f"the backbone does not answer as it should: {self.health.error}")
 
     async def look_after(self) -> None:
         """Every few seconds a canary, and the files of removed tenants that nobody uses any more. Until cancelled."""

@@ -20,11 +20,12 @@ from typing import Any
 
 from runtime.clock import Clock
 from runtime.config import EngineConfig
-from runtime.errors import DeadlineExceeded, Draining, QueueFull, RequestTooLarge, ServerFull
+from runtime.errors import DeadlineExceeded, Draining
 from runtime.inputs import check_inputs, check_method, in_chunks
 from runtime.metrics import Metrics
 from runtime.pending import Pending
 from runtime.request import Input, Served, Slice
+from runtime.room import Room
 from runtime.waiting import WaitingQueue
 from vbert.errors import BadRequest, InputTooLong, VbertError
 from vbert.tokenizer import Encoded, Tokenizer
@@ -33,7 +34,6 @@ __all__ = ["CANARY", "Dispatcher", "Terms"]
 
 CANARY = "canary"  # the caller name of the engine's own requests, counted apart
 _INLINE_CHARS = 4_000  # tokenised on the event loop: under 1 ms; a thread would cost as much
-_UNKNOWN_RETRY_S = 1.0  # before the first batch there is nothing measured to tell
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +67,12 @@ class Dispatcher:
         self._abandoned: VbertError | None = None  # why nothing admitted is computed any more
         self._empty = asyncio.Event()
         self.live: Counter[str] = Counter()  # admitted, unanswered requests by digest: their files must stay
-        self._tokenizing: Counter[str] = Counter()  # admitted inputs by caller that are not in the queue yet
+        self._room = Room(
+            self.queue,
+            max_inputs=self.config.max_queue_inputs,
+            caller_share=self.config.max_caller_share,
+            rate=self.rate,
+        )
         self._open: dict[int, Pending] = {}
         self._ids = count(1)
 
@@ -175,12 +180,12 @@ class Dispatcher:
         )
         inputs = list(inputs)
         deadline_s = arrival_s + _checked_deadline(terms.deadline_s, self.config.default_deadline_s)
-        with _counted(self.live, served.key.digest):
-            self._check_room(terms.caller, len(inputs))
+        with self._living(served.key.digest):
+            self._room.check(terms.caller, len(inputs))
             if num_chars <= _INLINE_CHARS:
                 encoded = self._encode(method, served, terms, inputs)
             else:
-                with _counted(self._tokenizing, terms.caller, len(inputs)):
+                with self._room.aside(terms.caller, len(inputs)):
                     encoded = await self._encode_aside(method, served, terms, inputs, deadline_s)
             pending = Pending(
                 request_id=next(self._ids),
@@ -217,37 +222,15 @@ class Dispatcher:
             self.queue.forget(pending.request_id, pending.deadline_s)
             self.wake()
 
-    def _check_room(self, caller: str, num_inputs: int) -> None:
-        """Raises RequestTooLarge, QueueFull, ServerFull."""
-        limit = self.config.max_queue_inputs
-        share = max(1, int(limit * self.config.max_caller_share))
-        if num_inputs > share:
-            raise RequestTooLarge(
-                f"{num_inputs} inputs, one caller may queue {share}; send fewer at once", param="input"
-            )
-        mine, all_callers = self._waiting_inputs(caller)
-        if mine + num_inputs > share:
-            raise QueueFull(
-                f"{mine} inputs of this caller wait, {share} may; send {num_inputs} more later",
-                retry_after_s=self._retry_after_s(mine + num_inputs - share, mine),
-            )
-        if all_callers + num_inputs > limit:
-            raise ServerFull(
-                f"{all_callers} inputs wait, {limit} may; send {num_inputs} more later",
-                retry_after_s=self._retry_after_s(all_callers + num_inputs - limit, all_callers),
-            )
-
-    def _waiting_inputs(self, caller: str) -> tuple[int, int]:
-        """(inputs of this caller, inputs of all) that were admitted and have not gone into a batch."""
-        mine = self.queue.inputs_of(caller) + self._tokenizing[caller]
-        return mine, self.queue.num_inputs + self._tokenizing.total()
-
-    def _retry_after_s(self, excess: int, waiting: int) -> float:
-        """When `excess` of `waiting` inputs will have gone, at the measured speed; a caller's inputs go as all do."""
-        rate = self.rate()
-        if rate is None or not self.queue.num_tokens:
-            return _UNKNOWN_RETRY_S
-        return self.queue.num_tokens / rate * min(1.0, excess / max(1, waiting))
+    @contextmanager
+    def _living(self, digest: str) -> Iterator[None]:
+        self.live[digest] += 1
+        try:
+            yield
+        finally:
+            self.live[digest] -= 1
+            if not self.live[digest]:
+                del self.live[digest]
 
     async def _encode_aside(
         self, method: str, served: Served, terms: Terms, inputs: Sequence[Input], deadline_s: float
@@ -283,17 +266,6 @@ class Dispatcher:
         self.metrics.inputs[pending.method] += len(pending.encoded)
         self.metrics.tokens += sum(len(e.token_ids) for e in pending.encoded)
         self.metrics.observe_request(pending.served.kinds, pending.timings)
-
-
-@contextmanager
-def _counted(counter: Counter[str], key: str, amount: int = 1) -> Iterator[None]:
-    counter[key] += amount
-    try:
-        yield
-    finally:
-        counter[key] -= amount
-        if not counter[key]:
-            del counter[key]
 
 
 def _checked_deadline(deadline_s: float | None, default_s: float) -> float:

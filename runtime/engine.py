@@ -30,7 +30,7 @@ from runtime.request import ClassifyResult, EmbedResult, Input, RerankResult, Sc
 from runtime.scheduler import BatchPolicy, TokenBudget
 from runtime.store import TenantVersion
 from vbert.config import EncoderConfig
-from vbert.errors import ConfigError, SelfTestFailed
+from vbert.errors import ConfigError
 
 __all__ = ["Engine"]
 
@@ -227,11 +227,11 @@ class Engine:
         self._main = asyncio.create_task(self._run(parts, lanes, started), name="vbert-engine")
         self._core = core = await started
         self._main.add_done_callback(self._ended)
-        await core.health.canary()
-        if not core.health.ok:
-            canary = self.ready().canary
+        try:
+            await core.prove()
+        except BaseException:
             await self.stop()
-            raise SelfTestFailed(f"the backbone does not answer as it should: {canary['error']}")
+            raise
 
     async def stop(self) -> None:
         """Admit nothing more, finish what was admitted (at most drain_timeout_s), end. May be called again."""

@@ -66,9 +66,9 @@ class Health:
             self.loop_lag.observe(max(0.0, self.clock.now_s() - due_s))
 
     @property
-    def ok(self) -> bool:
-        """Whether the last canary that ran gave the right numbers."""
-        return self._error is None
+    def error(self) -> str | None:
+        """What was wrong with the last canary that was answered; None when nothing was."""
+        return self._error
 
     def report(self, refusal: VbertError | None) -> Readiness:
         """refusal: why the dispatcher admits nothing, if so."""
@@ -86,7 +86,7 @@ class Health:
             ready=not reasons,
             reasons=tuple(reasons),
             canary={
-                "ok": self.ok,
+                "ok": self._error is None,
                 "age_s": age_s,
                 "duration_s": self._duration_s,
                 "error": self._error,

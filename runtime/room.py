@@ -1,0 +1,67 @@
+"""Whether the queue has room: a bound for each caller, a bound for all, and when to come back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from runtime.errors import QueueFull, RequestTooLarge, ServerFull
+from runtime.waiting import WaitingQueue
+
+__all__ = ["Room"]
+
+_UNKNOWN_RETRY_S = 1.0  # before the first batch there is nothing measured to tell
+
+
+class Room:
+    """Counts inputs, not requests: a list of a thousand counts as a thousand.
+
+    Args:
+        max_inputs: of all callers together.  caller_share: part of it that one caller may fill.
+        rate: measured tokens per second, None before the first batch.
+    """
+
+    def __init__(
+        self, queue: WaitingQueue, *, max_inputs: int, caller_share: float, rate: Callable[[], float | None]
+    ) -> None:
+        self._queue, self._max, self._rate = queue, max_inputs, rate
+        self._share = max(1, int(max_inputs * caller_share))
+        self._aside: Counter[str] = Counter()  # inputs by caller that are admitted and not in the queue yet
+
+    def check(self, caller: str, num_inputs: int) -> None:
+        """Raises RequestTooLarge (never fits), QueueFull (the caller's share), ServerFull."""
+        if num_inputs > self._share:
+            raise RequestTooLarge(
+                f"{num_inputs} inputs, one caller may queue {self._share}; send fewer at once", param="input"
+            )
+        mine = self._queue.inputs_of(caller) + self._aside[caller]
+        if mine + num_inputs > self._share:
+            raise QueueFull(
+                f"{mine} inputs of this caller wait, {self._share} may; send {num_inputs} more later",
+                retry_after_s=self._retry_after_s(mine + num_inputs - self._share, mine),
+            )
+        everyone = self._queue.num_inputs + self._aside.total()
+        if everyone + num_inputs > self._max:
+            raise ServerFull(
+                f"{everyone} inputs wait, {self._max} may; send {num_inputs} more later",
+                retry_after_s=self._retry_after_s(everyone + num_inputs - self._max, everyone),
+            )
+
+    @contextmanager
+    def aside(self, caller: str, num_inputs: int) -> Iterator[None]:
+        """Count inputs as waiting that are still being tokenised."""
+        self._aside[caller] += num_inputs
+        try:
+            yield
+        finally:
+            self._aside[caller] -= num_inputs
+            if not self._aside[caller]:
+                del self._aside[caller]
+
+    def _retry_after_s(self, excess: int, waiting: int) -> float:
+        """When `excess` of `waiting` inputs will have gone, at the measured speed; a caller's inputs go as all do."""
+        rate = self._rate()
+        if rate is None or not self._queue.num_tokens:
+            return _UNKNOWN_RETRY_S
+        return self._queue.num_tokens / rate * min(1.0, excess / max(1, waiting))
