@@ -91,6 +91,8 @@ class Tokenizer:
         texts = [i for i, item in enumerate(inputs) if isinstance(item, str | tuple)]
         words = [i for i, item in enumerate(inputs) if not isinstance(item, str | tuple) and _is_words(item)]
         for indices, backend, is_words in ((texts, self._backend, False), (words, self._words_backend, True)):
+            if not indices:
+                continue
             batch = [inputs[i] for i in indices]
             for item in batch:
                 _check_text(item)
