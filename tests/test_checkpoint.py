@@ -10,7 +10,7 @@ from tests.random_tenants import DELTA_KINDS, HEADS, Factory
 from tests.tiny import tiny_backbone
 from vbert.arena import Arena
 from vbert.checkpoint import parse_header, read_header, read_tenant_bytes, write_tenant
-from vbert.errors import CorruptFile, WrongBackbone
+from vbert.errors import CorruptFile, ShapeError, WrongBackbone
 from vbert.formats.transformers_folder import read_backbone
 from vbert.layout import kind_of
 from vbert.tenant import SelfTest
@@ -153,6 +153,12 @@ def test_an_altered_file_is_refused_at_load(backbone, module, tmp_path):
     reservation = arena.reserve(parse_header(data), "0" * 64)
     with pytest.raises(CorruptFile, match="altered or cut"):
         arena.fill(reservation, path)
+
+
+def test_two_deltas_at_one_place_are_refused(backbone):
+    """Packing would keep the last one and lose the other."""
+    with pytest.raises(ShapeError, match="merge them first"):
+        write_tenant(Factory(backbone, seed=1).tenant("lora", "lora_all"))
 
 
 def test_self_tests_travel_with_the_file(backbone):

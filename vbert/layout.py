@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vbert.config import ACTIVATIONS, EMBEDDING_LAYER, LINEAR_SITES, NORM_SITES, EncoderConfig
-from vbert.errors import CorruptFile
+from vbert.errors import CorruptFile, ShapeError
 from vbert.tenant import BOTTLENECK_SITES, Affine, Bottleneck, Delta, LowRank, Norm, Sparse
 
 __all__ = ["KINDS", "SlotEntry", "SlotLayout", "kind_of", "pack", "unpack"]
@@ -126,15 +126,18 @@ def kind_of(delta: Delta) -> str:
 
 
 def pack(deltas: Sequence[Delta]) -> dict[str, tuple[SlotLayout, Tensor]]:
-    """Group deltas by kind into flat float32 slots: kind -> (layout, data [numel]). Sparse columns: `pack_columns`."""
+    """Group deltas by kind into flat float32 slots: kind -> (layout, data [numel]).
+
+    Raises ShapeError where two deltas claim one place: one of them would be lost.
+    """
     packed: dict[str, tuple[SlotLayout, Tensor]] = {}
     for kind in KINDS:
-        tensors = {
-            (d.layer, d.site, _variant(d), part): tensor
-            for d in deltas
-            if kind_of(d) == kind
-            for part, tensor in _tensors(d).items()
-        }
+        tensors: dict[tuple[int, str, str, str], Tensor] = {}
+        for d in deltas:
+            for part, tensor in _tensors(d).items() if kind_of(d) == kind else ():
+                if (place := (d.layer, d.site, _variant(d), part)) in tensors:
+                    raise ShapeError(f"two {kind} deltas at layer {d.layer}, {d.site} give {part!r}; merge them first")
+                tensors[place] = tensor
         if not tensors:
             continue
         layout = SlotLayout.build(kind, [(*key, tuple(t.shape)) for key, t in tensors.items()])

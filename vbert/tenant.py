@@ -148,7 +148,7 @@ class SelfTest:
 class TenantModule:
     """One version of one tenant, independent of its name.
 
-    backbone_fingerprint: of the backbone it was made for (`vbert.encoder.fingerprint`); another one refuses it.
+    backbone_fingerprint: of the backbone it was made for (`vbert.formats.fingerprint`); another one refuses it.
     max_length: tokens, when the tenant takes less than the backbone does.
     source: where it came from, for people: {"format": "peft", "method": "LORA", ...}; JSON values only.
     """
