@@ -178,6 +178,7 @@ def _lora_systems(
     }
     wanted = {name: make for name, make in padded.items() if not args.systems or name in args.systems}
     systems: dict[str, peers.System] = {name: _at_its_best(make, len(requests)) for name, make in wanted.items()}
+    modules = ours.with_self_tests(modules, requests, expected["lora"])
     return systems | _our_systems(setting, cell, modules, requests, stack), expected
 
 
@@ -191,6 +192,7 @@ def _mix_systems(
         "lora": torch.stack([dense_forward(setting.backbone, modules[t], ids, [0] * len(ids)) for ids, t in pairs]),
         "bare": torch.stack([dense_forward(setting.backbone, None, ids, [0] * len(ids)) for ids, _ in pairs]),
     }
+    modules = ours.with_self_tests(modules, requests, expected["lora"])
     return _our_systems(setting, cell, modules, requests, stack), expected
 
 
@@ -203,6 +205,7 @@ def _our_systems(
         store=str(setting.scratch / "store"),
         dtype=cell.dtype,
         compute_threads=setting.args.threads,
+        default_deadline_s=600.0,  # the first round loads all tenants
     )
     engine = stack.enter_context(ours.InEngine(config, modules, requests))
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,9 +21,9 @@ from vbert.checkpoint import parse_header, write_tenant
 from vbert.formats import read_tenant
 from vbert.formats.transformers_folder import Backbone
 from vbert.model import Model, SequenceInput
-from vbert.tenant import TenantModule
+from vbert.tenant import SelfTest, TenantModule
 
-__all__ = ["MIX", "InEngine", "Packed", "load", "lora_modules", "mixed_modules", "random_loras"]
+__all__ = ["MIX", "InEngine", "Packed", "load", "lora_modules", "mixed_modules", "random_loras", "with_self_tests"]
 
 _ARENA_BYTES = 4 * 2**30  # address space, not memory
 # Kinds of the mixed workload, in equal parts; the names are those of `Factory`, the sizes what papers use.
@@ -93,6 +94,15 @@ def lora_modules(peft_model: Any, num_tenants: int, backbone: Backbone, folder: 
     """The adapters of a PEFT model, saved as PEFT saves them and read as any PEFT folder is."""
     peft_model.save_pretrained(folder)
     return [read_tenant(folder / adapter_name(t), backbone) for t in range(num_tenants)]
+
+
+def with_self_tests(modules: Sequence[TenantModule], requests: Requests, expected: Tensor) -> list[TenantModule]:
+    """Each module with one request and its independent answer [N, D], so that loading it computes no other one."""
+    tests: dict[int, tuple[SelfTest]] = {}
+    for ids, t, answer in zip(requests.token_ids, requests.tenants, expected, strict=True):
+        token_ids = torch.tensor(ids)
+        tests[t] = (SelfTest(token_ids=token_ids, type_ids=torch.zeros_like(token_ids), expected=answer),)
+    return [replace(module, self_tests=tests[t]) for t, module in enumerate(modules)]
 
 
 def random_loras(backbone: Backbone, num_tenants: int, *, seed: int) -> list[TenantModule]:

@@ -27,15 +27,28 @@ _BARE, _MIXED, _OURS, _PLAIN = "transformers bare", "peft mixed batch", "vbert",
 Row = Mapping[str, Any]
 
 
+class _NotMeasured(Exception):
+    """The benchmark has no recorded result yet."""
+
+
 def latest(benchmark: str) -> dict[str, Any]:
-    """The newest recorded result of a benchmark. Raises FileNotFoundError when there is none."""
-    lines = (RESULTS / f"{benchmark}.jsonl").read_text().splitlines()
-    return dict(json.loads(lines[-1]))
+    """The newest recorded result of a benchmark."""
+    path = RESULTS / f"{benchmark}.jsonl"
+    if not path.exists():
+        raise _NotMeasured(f"Not measured yet: `vbert bench {benchmark} --append`, then `make tables`.")
+    return dict(json.loads(path.read_text().splitlines()[-1]))
 
 
 def fill(text: str) -> str:
     """A document with every marked table rendered again. Raises KeyError for an unknown name."""
-    return _BLOCK.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text)
+    return _BLOCK.sub(lambda match: f"{match[1]}{_render(match[2])}\n{match[3]}", text)
+
+
+def _render(name: str) -> str:
+    try:
+        return TABLES[name]()
+    except _NotMeasured as absent:
+        return str(absent)
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -86,6 +99,22 @@ def serving() -> str:
     columns = ("system", "concurrency", "requests_per_s", "p50_ms", "p99_ms")
     body = [[row[column] for column in columns] for row in result["rows"]]
     return _where(result) + markdown([column.replace("_", " ") for column in columns], body)
+
+
+def training_quality() -> str:
+    """Test accuracy of both sides, and of a linear probe on the frozen backbone."""
+    result = latest("training_quality")
+    cells: dict[tuple[str, int], dict[str, Row]] = {}
+    for row in result["rows"]:
+        cells.setdefault((row["set"], row["seed"]), {})[row["system"]] = row
+    body = [
+        [name, seed, next(iter(systems.values()))["linear_probe"], *(f"{row['test']:.4f}" for row in systems.values())]
+        for (name, seed), systems in cells.items()
+    ]
+    where = (
+        f"{result['machine']['cpu']}, torch {result['machine']['versions']['torch']}, commit {result['commit']}.\n\n"
+    )
+    return where + markdown(["set", "seed", "linear probe", *next(iter(cells.values()))], body)
 
 
 def _cells(rows: Iterable[Row]) -> Iterable[tuple[tuple[Any, ...], dict[str, Row]]]:
@@ -150,6 +179,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "multitenant": multitenant,
     "multitenant_mix": multitenant_mix,
     "serving": serving,
+    "training_quality": training_quality,
     "engine_options": engine_options,
     "http_options": http_options,
     "train_options": train_options,
