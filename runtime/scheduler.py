@@ -91,7 +91,7 @@ class TokenBudget:
         room, misses = view.max_batch_tokens, 0
         for request_id, limit in self._order(view):
             request, taken = view.waiting[request_id], counts.get(request_id, 0)
-            if request.deadline_s is not None and request.deadline_s <= view.now_s:
+            if _is_late(view, request_id):
                 continue
             count, tokens = _fitting(request.lengths, taken, limit, room, alone=not counts)
             if count > taken:
@@ -105,7 +105,8 @@ class TokenBudget:
 
     def _order(self, view: View) -> Iterator[tuple[int, int | None]]:
         """(request, at most so many of its inputs or None for all); a request may come again with a higher limit."""
-        yield from ((request_id, 1) for request_id in islice(view.ready, 1))
+        alive = (request_id for request_id in view.ready if not _is_late(view, request_id))
+        yield from ((request_id, 1) for request_id in islice(alive, 1))  # or urgent traffic could starve the oldest
         yield from ((request_id, None) for request_id in self._urgent(view))
         yield from ((request_id, None) for request_id in view.ready)
 
@@ -121,6 +122,11 @@ class TokenBudget:
             return ()
         wanted = (ids for digest, ids in view.cold.items() if digest not in view.loading)
         return tuple(view.waiting[next(iter(ids))].key for ids in islice(wanted, room))
+
+
+def _is_late(view: View, request_id: int) -> bool:
+    deadline_s = view.waiting[request_id].deadline_s
+    return deadline_s is not None and deadline_s <= view.now_s
 
 
 def _expired(view: View) -> Iterator[int]:

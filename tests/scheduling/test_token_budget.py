@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from runtime.request import Slice
@@ -147,6 +147,7 @@ def filled(entries, **kwargs) -> Line:
 
 
 @given(requests, st.floats(0.0, 10.0), st.sampled_from([None, 50.0, 5000.0]))
+@example([([1], "a", 1.0, False), ([47], "a", None, False), ([54], "a", 2.0, False)], 1.0, 50.0)  # the oldest is late
 def test_one_plan_keeps_every_law(entries, now_s, tokens_per_s):
     line = filled(entries, tokens_per_s=tokens_per_s)
     line.now_s = now_s

@@ -143,9 +143,13 @@ def _from_pretrained(auto: Any, folder: Path, head: Head) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Their notes on newly initialised weights are about layers that the adapter overwrites."""
+    """Their notes on newly initialised weights are about layers that the adapter overwrites, and transformers 5 draws a
+    progress bar for each small model."""
     import transformers  # sets its own level when it is first imported
 
+    bars = transformers.utils.logging
+    had_bars = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     loggers = [logging.getLogger(name) for name in (transformers.__name__, "adapters")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -155,5 +159,7 @@ def _quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        if had_bars:
+            bars.enable_progress_bar()
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
