@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vbert.activations import activate
+from vbert.activations import activate_
 from vbert.attention import PackedAttention, RelativeBias
 from vbert.batch import PackedRows
 from vbert.config import EMBEDDING_LAYER, EncoderConfig
 from vbert.deltas import BatchDeltas
+from vbert.workspace import Workspace
 
 __all__ = ["Encoder"]
 
@@ -27,8 +28,9 @@ class _Linear:
     weight: Tensor  # [out, in]
     bias: Tensor  # [out]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def __call__(self, x: Tensor, name: str, space: Workspace) -> Tensor:
+        """x [T, in] to [T, out], in the buffer of that name."""
+        return torch.addmm(self.bias, x, self.weight.t(), out=space.rows(name, len(x), len(self.bias)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,22 +99,24 @@ class Encoder:
         """The attention of this batch, for every `layer` call."""
         return PackedAttention(rows.attention, self.config.num_heads, self._relative)
 
-    def layer(self, i: int, hidden: Tensor, attention: PackedAttention, deltas: BatchDeltas) -> Tensor:
-        """One transformer layer with every tenant's deltas, [T, H] -> [T, H]."""
+    def layer(
+        self, i: int, hidden: Tensor, attention: PackedAttention, deltas: BatchDeltas, space: Workspace
+    ) -> Tensor:
+        """One transformer layer with every tenant's deltas, [T, H] -> [T, H]. What it returns is not in `space`."""
         layer = self._layers[i]
-        qkv = layer.qkv(hidden)
+        qkv = layer.qkv(hidden, "qkv", space)
         sites = dict(zip(("q", "k", "v"), qkv.chunk(3, dim=1), strict=True))
         deltas.after_linear(i, hidden, sites)
         context = deltas.before_linear(i, "attn_out", attention(qkv), in_place=True)
-        out = layer.attn_out(context)
+        out = layer.attn_out(context, "out", space)
         deltas.after_linear(i, context, {"attn_out": out})
         hidden = self._close(i, "attn", hidden, out, layer.attn_norm, deltas)
 
         x = deltas.before_linear(i, "ffn_up", hidden)
-        wide = layer.ffn_up(x)
+        wide = layer.ffn_up(x, "wide", space)
         deltas.after_linear(i, x, {"ffn_up": wide})
-        wide = deltas.before_linear(i, "ffn_down", activate(wide, self.config.activation), in_place=True)
-        out = layer.ffn_down(wide)
+        wide = deltas.before_linear(i, "ffn_down", activate_(wide, self.config.activation), in_place=True)
+        out = layer.ffn_down(wide, "out", space)
         deltas.after_linear(i, wide, {"ffn_down": out})
         return self._close(i, "ffn", hidden, out, layer.ffn_norm, deltas)
 

@@ -17,6 +17,7 @@ from vbert.errors import KernelUnavailable
 from vbert.formats.transformers_folder import Backbone
 from vbert.heads import run_heads
 from vbert.tenant import Dense, Head
+from vbert.workspace import Workspace
 
 __all__ = ["Model", "PackedBatch", "SequenceInput", "resolve_device", "resolve_dtype"]
 
@@ -68,6 +69,7 @@ class Model:
         self.config, self.embed_head = backbone.config, backbone.embed_head
         self.fingerprint, self.dtype, self.device = backbone.fingerprint, dtype, device
         self.encoder = Encoder(backbone.config, backbone.weights, dtype, device)
+        self._spaces: list[Workspace] = []  # those no forward uses now
         weights = backbone.weights
         self._pooler = (
             Dense(weight=weights["pooler.weight"], bias=weights["pooler.bias"], activation="tanh")
@@ -86,11 +88,16 @@ class Model:
 
     @torch.inference_mode()
     def hidden(self, batch: PackedBatch) -> Tensor:
-        """Last hidden states in packed order, [T, H]."""
+        """Last hidden states in packed order, [T, H]. Any number of threads may call it."""
+        try:
+            space = self._spaces.pop()
+        except IndexError:
+            space = Workspace(self.dtype, self.device)
         attention = self.encoder.attention(batch.rows)
         hidden = self.encoder.embed(batch.rows, batch.deltas)
         for i in range(self.config.num_layers):
-            hidden = self.encoder.layer(i, hidden, attention, batch.deltas)
+            hidden = self.encoder.layer(i, hidden, attention, batch.deltas, space)
+        self._spaces.append(space)
         return hidden
 
     @torch.inference_mode()

@@ -2,15 +2,17 @@
 
 import hashlib
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from tests.random_tenants import DELTA_KINDS, HEADS, Factory
 from tests.tiny import TEXTS, tiny_backbone
+from vbert.activations import activate, activate_
 from vbert.arena import Arena
 from vbert.checkpoint import parse_header, write_tenant
-from vbert.config import MODEL_TYPES
+from vbert.config import ACTIVATIONS, MODEL_TYPES
 from vbert.formats.transformers_folder import read_backbone
 from vbert.model import Model, SequenceInput
 from vbert.reference import dense_forward, dense_hidden
@@ -120,3 +122,22 @@ def test_evict_then_reload_is_the_identity(backbone, tmp_path):
     bench.arena.release(second)
     again = bench.load(module)
     assert all(torch.equal(a, b) for a, b in zip(before, bench.forward(bench.sequences(again)), strict=True))
+
+
+def test_threads_may_share_a_model(backbone, tmp_path):
+    """Intermediate results of one forward never show in another."""
+    bench = Bench(backbone, "float32", tmp_path)
+    batches = [bench.model.pack(bench.sequences(None)[i:]) for i in range(4)]
+    want = [bench.model.hidden(batch) for batch in batches]
+    with ThreadPoolExecutor(len(batches)) as pool:
+        for _ in range(20):
+            for got, expected in zip(pool.map(bench.model.hidden, batches), want, strict=True):
+                assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_an_activation_in_place_is_the_same_function(name):
+    x = torch.linspace(-6, 6, 101)
+    want = activate(x, name)
+    assert torch.equal(activate_(x, name), want)
+    assert torch.equal(x, want)
