@@ -18,9 +18,10 @@ from torch import Tensor
 
 from vbert.config import EncoderConfig
 
-__all__ = ["AttentionBucket", "AttentionPlan", "PackedRows", "Segments", "plan_attention"]
+__all__ = ["BLOCK_ROWS", "AttentionBucket", "AttentionPlan", "PackedRows", "Segments", "plan_attention"]
 
 Ints = NDArray[np.int64]
+BLOCK_ROWS = 32  # rows that share one walk over a slot, one unit of work of a kernel
 _CHUNK_OVERHEAD_ROWS = 6  # one more chunk costs about as much as this many more rows (two small batched products)
 _MAX_PADDING = 0.25  # part of an attention bucket that may be padding
 _MIN_PADDING_TOKENS = 4
@@ -53,8 +54,10 @@ class Segments:
         """[n, 2]: each row of `rows` and its slot, for kernels."""
         return np.stack([self.rows.numpy(), np.repeat(self.slot, self.stop - self.start)], 1).astype(np.uint64)
 
-    def blocks(self, size: int) -> NDArray[np.uint64]:
-        """[n, 3]: the segments cut into pieces of at most `size` rows: slot, first row and number of rows of each."""
+    @cached_property
+    def blocks(self) -> NDArray[np.uint64]:
+        """[n, 3]: the segments cut into pieces of at most BLOCK_ROWS: slot, first row and number of rows of each."""
+        size = BLOCK_ROWS
         pieces = -(-(self.stop - self.start) // size)
         nth = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)
         start = np.repeat(self.start, pieces) + nth * size

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from vbert.batch import Segments
+from vbert.config import ACTIVATIONS
 from vbert.errors import KernelUnavailable, ShapeError
 from vbert.kernels.backend import Backend
 from vbert.kernels.segmented_affine import segmented_affine
@@ -62,14 +63,23 @@ def check(operator, case, width=OUT):
     assert not torch.equal(got, before)
 
 
-@pytest.mark.parametrize("rank", [1, 3, 8])
+@pytest.mark.parametrize("rank", [1, 3, 8, 17])
 def test_low_rank(case, rank):
     _, rows, normal, segments = case
     x, a, b = normal(rows, IN), normal(SLOTS, IN, rank), normal(SLOTS, rank, OUT)
     check(lambda **how: segmented_low_rank(x, a, b, segments, **how), case)
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_low_rank_of_a_wide_input():
+    """Wider than what the kernel takes at a time."""
+    one = Segments(np.array([1]), np.array([2]), np.array([37]))
+    x, a, b, before = torch.randn(40, 700), torch.randn(2, 700, 6), torch.randn(2, 6, OUT), torch.randn(40, OUT)
+    got = segmented_low_rank(x, a, b, one, out=before.clone())
+    want = segmented_low_rank(x, a, b, one, out=before.clone(), backend=Backend.REFERENCE)
+    assert torch.allclose(got, want, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_bottleneck(case, activation):
     _, rows, normal, segments = case
     x = normal(rows, IN)
@@ -107,6 +117,14 @@ def test_sparse(case):
         columns[p, 2 : starts[p, -1]] = kept[p].nonzero()[:, 1].to(torch.int32)
     values = normal(*columns.shape)
     check(lambda **how: segmented_sparse(x, starts, columns, values, segments, **how), case)
+
+
+def test_a_bottleneck_may_read_what_it_writes(segments):
+    rows = torch.randn(int(segments.stop[-1]) + 2, IN)
+    slots = torch.randn(SLOTS, IN, 5), torch.randn(SLOTS, 5), torch.randn(SLOTS, 5, IN), torch.randn(SLOTS, IN)
+    want = segmented_bottleneck(rows, *slots, segments, activation="relu", out=rows.clone())
+    got = segmented_bottleneck(rows, *slots, segments, activation="relu", out=rows)
+    assert torch.equal(got, want)
 
 
 def test_wrong_shapes_are_refused():

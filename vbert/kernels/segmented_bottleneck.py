@@ -9,6 +9,7 @@ from vbert.activations import activate
 from vbert.batch import Segments
 from vbert.errors import ShapeError
 from vbert.kernels.backend import Backend, pick
+from vbert.kernels.two_products import add_two_products
 
 __all__ = ["segmented_bottleneck"]
 
@@ -42,6 +43,9 @@ def segmented_bottleneck(
         )
     if pick(backend, hidden) is Backend.REFERENCE:
         return reference(hidden, down, down_bias, up, up_bias, segments, activation, out)
+    if hidden.dtype == torch.float32:
+        add_two_products(hidden, down, up, segments, out=out, biases=(down_bias, up_bias), activation=activation)
+        return out
     narrow_bias, wide_bias = segments.gather(down_bias).unsqueeze(1), segments.gather(up_bias).unsqueeze(1)
     narrow = activate(torch.baddbmm(narrow_bias, segments.take(hidden), segments.gather(down)), activation)
     update = torch.baddbmm(wide_bias, narrow, segments.gather(up))

@@ -12,14 +12,12 @@ from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from vbert.batch import Segments
+from vbert.batch import BLOCK_ROWS, Segments
 from vbert.errors import ShapeError
 from vbert.kernels.backend import Backend, pick
 from vbert.kernels.rows import as_rows, load, store, use_threads
 
 __all__ = ["segmented_sparse"]
-
-_BLOCK_ROWS = 32  # rows that share one walk over the non-zeros: four vector registers of float32 on AVX2
 
 
 def segmented_sparse(
@@ -52,7 +50,7 @@ def segmented_sparse(
     use_threads(len(segments.rows) * columns.shape[1] // 4)
     matrix = as_rows(row_starts), as_rows(columns), as_rows(values)
     widths = np.uint64(hidden.shape[1]), np.uint64(out.shape[1])
-    _cpu(as_rows(hidden), *matrix, segments.blocks(_BLOCK_ROWS), as_rows(out), *widths)
+    _cpu(as_rows(hidden), *matrix, segments.blocks, as_rows(out), *widths)
     return out
 
 
@@ -74,7 +72,7 @@ def _axpy_block(typing_context, total, at, x, start, value):  # type: ignore[no-
     """total[at : at + 32] += x[start : start + 32] * value, as one vector: a loop would be guarded against overlap."""
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        vector = ir.VectorType(ir.FloatType(), _BLOCK_ROWS)
+        vector = ir.VectorType(ir.FloatType(), BLOCK_ROWS)
 
         def address(i: int) -> Any:
             data = context.make_array(signature.args[i])(context, builder, args[i]).data
@@ -82,7 +80,7 @@ def _axpy_block(typing_context, total, at, x, start, value):  # type: ignore[no-
 
         target = address(0)
         splat = builder.insert_element(ir.Constant(vector, ir.Undefined), args[4], ir.Constant(ir.IntType(32), 0))
-        zeros = ir.Constant(ir.VectorType(ir.IntType(32), _BLOCK_ROWS), None)
+        zeros = ir.Constant(ir.VectorType(ir.IntType(32), BLOCK_ROWS), None)
         product = builder.fmul(
             builder.load(address(2), align=4), builder.shuffle_vector(splat, splat, zeros), flags=("contract",)
         )
@@ -96,7 +94,7 @@ def _axpy_block(typing_context, total, at, x, start, value):  # type: ignore[no-
 def _cpu(hidden, row_starts, columns, values, blocks, out, width_in, width_out):  # type: ignore[no-untyped-def]
     (x, x_stride), (y, y_stride), (c, c_stride), (v, v_stride) = hidden, out, columns, values
     starts, starts_stride = row_starts
-    size = np.uint64(_BLOCK_ROWS)
+    size = np.uint64(BLOCK_ROWS)
     for n in numba.prange(blocks.shape[0]):
         p, first, count = blocks[n, 0], blocks[n, 1], blocks[n, 2]
         c0, v0, s0 = p * c_stride, p * v_stride, p * starts_stride

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from vbert.kernels.segmented_low_rank import segmented_low_rank
@@ -21,6 +22,7 @@ def add_low_rank(uses: Sequence[ClassUse], layer: int, x: Tensor, outs: Mapping[
         chunks = None
         for site, out in outs.items():
             if found := use.at(layer, site):
-                chunks = use.segments.take(x) if chunks is None else chunks
+                if chunks is None and x.dtype == torch.bfloat16:  # float32 kernels read the rows in place
+                    chunks = use.segments.take(x)
                 _, parts = found
                 segmented_low_rank(x, parts["a"], parts["b"], use.segments, out=out, chunks=chunks)
