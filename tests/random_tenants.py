@@ -100,7 +100,7 @@ class Factory:
         deltas = []
         for i in range(self.config.num_layers):
             for site in sites:
-                shape = (self.config.site_in(site), self.config.site_out(site))
+                shape = (self.config.site_out(site), self.config.site_in(site))
                 kept = torch.rand(shape, generator=self.rng) < density
                 starts = torch.cat([torch.zeros(1), kept.sum(1).cumsum(0)]).to(torch.int32)
                 columns = kept.nonzero()[:, 1].to(torch.int32)

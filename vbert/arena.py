@@ -32,7 +32,7 @@ _NORESERVE = 0x4000  # MAP_NORESERVE on Linux; the mmap module names it from Pyt
 class ArenaClass:
     """All slots of one layout. `at[layer, site]`: (variant, part -> [P, *shape] view) of every slot.
 
-    Sparse parts are `row_starts` [P, H_in + 1] (absolute in the slot), `columns` and `values` [P, N].
+    Sparse parts are `row_starts` [P, H_out + 1] (absolute in the slot), `columns` and `values` [P, N].
     """
 
     def __init__(self, layout: SlotLayout, width: int, dtype: torch.dtype, max_bytes: int) -> None:

@@ -215,14 +215,14 @@ def check_sparse(layout: SlotLayout, columns: Tensor, row_starts: Tensor, config
     """Raise CorruptFile where the compressed rows of a sparse delta point outside their matrix."""
     cursor = 0
     for entry in layout.entries:
-        rows = config.site_in(entry.site)
+        rows = config.site_out(entry.site)
         starts = row_starts[cursor : cursor + rows + 1].to(torch.int64)
         cursor += rows + 1
         nnz = int(starts[-1]) if starts.numel() == rows + 1 else -1
         if int(starts[0]) != 0 or not 0 <= nnz <= entry.numel or bool((starts.diff() < 0).any()):
             raise CorruptFile(f"sparse at layer {entry.layer}, {entry.site}: row starts do not ascend; {_AGAIN}")
         used = columns[entry.offset : entry.offset + nnz]
-        if nnz and not 0 <= int(used.min()) <= int(used.max()) < config.site_out(entry.site):
+        if nnz and not 0 <= int(used.min()) <= int(used.max()) < config.site_in(entry.site):
             raise CorruptFile(f"sparse at layer {entry.layer}, {entry.site}: a column is outside the matrix; {_AGAIN}")
     if cursor != row_starts.numel():
         raise CorruptFile(f"sparse: {row_starts.numel()} row starts where the layout has {cursor}; {_AGAIN}")

@@ -180,7 +180,7 @@ def _variant(delta: Delta) -> str:
     if isinstance(delta, Bottleneck):
         return delta.activation
     if isinstance(delta, Sparse):
-        return str(delta.row_starts.numel() - 1)  # rows: the width that enters the site
+        return str(delta.row_starts.numel() - 1)  # rows: the width that leaves the site
     return ""
 
 
@@ -216,7 +216,7 @@ def _shapes_fit(kind: str, site: str, variant: str, shapes: dict[str, tuple[int,
         wanted = {"down": (hidden, rank), "down_bias": (rank,), "up": (rank, hidden), "up_bias": (hidden,)}
         return variant in ACTIVATIONS and shapes == wanted
     if kind == "sparse":
-        return variant == str(config.site_in(site)) and set(shapes) == {"values"} and len(shapes["values"]) == 1
+        return variant == str(config.site_out(site)) and set(shapes) == {"values"} and len(shapes["values"]) == 1
     if site in NORM_SITES:
         return shapes == {"weight": (hidden,), "bias": (hidden,)}
     if "input_scale" in shapes and site in ("q", "k", "v"):

@@ -78,7 +78,7 @@ def merge(weights: Weights, deltas: Iterable[Delta]) -> Weights:
         if isinstance(delta, LowRank):
             weight = weight + (delta.a.float() @ delta.b.float()).T
         elif isinstance(delta, Sparse):
-            weight = weight + _dense(delta, weight.shape[0]).T
+            weight = weight + _dense(delta, weight.shape[1])
         elif isinstance(delta, Norm):
             weight, bias = delta.weight.float(), delta.bias.float()
         else:
@@ -88,7 +88,7 @@ def merge(weights: Weights, deltas: Iterable[Delta]) -> Weights:
 
 
 def _dense(delta: Sparse, width: int) -> Tensor:
-    """[H_in, H_out] of compressed rows."""
+    """[H_out, H_in] of compressed rows."""
     counts = delta.row_starts.long().diff()
     rows = torch.repeat_interleave(torch.arange(len(counts)), counts)
     dense = torch.zeros(len(counts), width)

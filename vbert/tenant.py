@@ -86,11 +86,14 @@ class Norm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sparse:
-    """y += x S, S sparse [H_in, H_out] in compressed rows: row i holds columns[row_starts[i]:row_starts[i + 1]]."""
+    """y += x S^T, S a sparse change of the weight [H_out, H_in] in compressed rows.
+
+    Row o holds values[e] at the inputs columns[e], row_starts[o] <= e < row_starts[o + 1].
+    """
 
     layer: int
     site: str  # one of LINEAR_SITES
-    row_starts: Tensor  # [H_in + 1] int32
+    row_starts: Tensor  # [H_out + 1] int32
     columns: Tensor  # [nnz] int32
     values: Tensor  # [nnz] float32
 

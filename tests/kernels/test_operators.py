@@ -107,9 +107,9 @@ def test_layer_norm(case):
 def test_sparse(case):
     _, rows, normal, segments = case
     x = normal(rows, IN)
-    kept = torch.rand(SLOTS, IN, OUT, generator=torch.Generator().manual_seed(2)) < 0.2
-    kept[:, 3] = False  # an input without a non-zero
-    starts = torch.zeros(SLOTS, IN + 1, dtype=torch.int32)
+    kept = torch.rand(SLOTS, OUT, IN, generator=torch.Generator().manual_seed(2)) < 0.2
+    kept[:, 3] = False  # an output without a non-zero
+    starts = torch.zeros(SLOTS, OUT + 1, dtype=torch.int32)
     starts[:, 1:] = kept.sum(2).cumsum(1)
     starts += 2  # absolute in the slot
     columns = torch.zeros(SLOTS, int(starts.max()), dtype=torch.int32)

@@ -28,21 +28,21 @@ def mask_to_sparse(weight: Tensor, mask: Tensor, *, layer: int, site: str) -> Sp
 
 
 def diff_to_sparse(diff: Tensor, *, layer: int, site: str) -> Sparse | None:
-    """A weight difference [out, in], mostly zeros, as compressed rows of its transpose. None for all zeros.
+    """A weight difference [out, in], mostly zeros, in compressed rows. None for all zeros.
 
     Source: Guo et al. 2021, Parameter-efficient transfer learning with diff pruning, arXiv:2012.07463.
     """
-    rows, columns = diff.T.nonzero(as_tuple=True)
+    rows, columns = diff.nonzero(as_tuple=True)
     if not len(rows):
         return None
-    counts = torch.bincount(rows, minlength=diff.shape[1])
+    counts = torch.bincount(rows, minlength=diff.shape[0])
     row_starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     return Sparse(
         layer=layer,
         site=site,
         row_starts=row_starts.to(torch.int32),
         columns=columns.to(torch.int32),
-        values=diff.T[rows, columns].to(torch.float32),
+        values=diff[rows, columns].to(torch.float32),
     )
 
 

@@ -1,4 +1,4 @@
-"""Sparse deltas in a batch: MaskBert (S = -W * (1 - M)) and Diff pruning. y += x S.
+"""Sparse deltas in a batch: MaskBert (S = -W * (1 - M)) and Diff pruning. y += x S^T.
 
 Sources: Zhao et al. 2020, arXiv:2004.12406; Guo et al. 2020, arXiv:2012.07463.
 """
