@@ -20,6 +20,9 @@ from vbert.kernels.rows import as_rows, load, store, use_threads
 __all__ = ["segmented_sparse"]
 
 
+_TILE = 16  # columns at a time while a block is transposed: its lines stay in the first-level cache
+
+
 def segmented_sparse(
     hidden: Tensor,
     row_starts: Tensor,
@@ -125,14 +128,16 @@ def _cpu(hidden, row_starts, columns, values, blocks, out, width_in, width_out):
         slot_columns, slot_values = c[p * c_stride :], v[p * v_stride :]
         inputs = np.zeros(width_in * size, np.float32)  # transposed: one non-zero touches all rows of the block
         total = np.empty(width_out * size, np.float32)
-        for r in range(count):
-            x0 = (first + r) * x_stride
-            for k in range(width_in):
-                inputs[k * size + r] = load(x[x0 + k])
+        for tile in range(np.uint64(0), width_in, np.uint64(_TILE)):
+            for r in range(count):
+                x0 = (first + r) * x_stride
+                for k in range(tile, min(tile + np.uint64(_TILE), width_in)):
+                    inputs[k * size + r] = load(x[x0 + k])
         for o in range(width_out):
             begin, end = np.uint64(starts[s0 + o]), np.uint64(starts[s0 + o + one])
             _dot_block(inputs, slot_columns, slot_values, begin, end, total, o * size)  # type: ignore[call-arg]
-        for r in range(count):
-            y0 = (first + r) * y_stride
-            for h in range(width_out):
-                store(y, y0 + h, load(y[y0 + h]) + total[h * size + r])
+        for tile in range(np.uint64(0), width_out, np.uint64(_TILE)):
+            for r in range(count):
+                y0 = (first + r) * y_stride
+                for h in range(tile, min(tile + np.uint64(_TILE), width_out)):
+                    store(y, y0 + h, load(y[y0 + h]) + total[h * size + r])
