@@ -1,7 +1,7 @@
 """`Workspace`: the large intermediate results of one forward, kept for the next one.
 
-Fresh memory of their size costs a page fault every 4 KiB; in a process whose heap is busy that was a tenth of a
-forward (docs/benchmarks.md). A workspace serves one forward at a time.
+Fresh memory of their size costs a page fault every 4 KiB, most of all in a process whose heap is busy. A workspace
+serves one forward at a time.
 """
 
 from __future__ import annotations
