@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ from vbert.model import Model, SequenceInput
 __all__ = ["Outcome", "Pipeline"]
 
 Outcome = Tensor | VbertError
+_Replay = tuple[Sequence[SequenceInput], asyncio.Future[list[Tensor]]]
+_REPLAYED_AT_ONCE = 16  # modules: short enough for the requests that wait behind
 _log = logging.getLogger(__name__)
 
 
@@ -47,6 +49,8 @@ class Pipeline:
         self._model, self._lane, self._clock, self._metrics = model, lane, clock, metrics
         self._threads = threads
         self._throughput = Throughput()
+        self._replays: list[_Replay] = []
+        self._replaying = False
         self.in_flight = 0
         self._busy_until_s: float | None = None
         self._moved_s = clock.now_s()  # when a batch last ended, or began on an idle lane
@@ -78,20 +82,36 @@ class Pipeline:
         future.add_done_callback(lambda computed: loop.call_soon_threadsafe(finished, computed))
 
     async def replay(self, sequences: Sequence[SequenceInput]) -> list[Tensor]:
-        """Compute a batch of its own and wait for it. Raises ComputeFailed."""
+        """Compute the sequences of one tenant among those of others that are being loaded. Raises ComputeFailed.
+
+        One batch of replays is in flight at a time; those that come meanwhile share the next one, so that a hundred
+        cold tenants cost some batches and not a hundred.
+        """
         answer: asyncio.Future[list[Tensor]] = asyncio.get_running_loop().create_future()
-
-        def done(outcomes: Sequence[Outcome], _: float) -> None:
-            errors = [o for o in outcomes if isinstance(o, VbertError)]
-            if answer.done():
-                return
-            if errors:
-                answer.set_exception(errors[0])
-            else:
-                answer.set_result([o for o in outcomes if isinstance(o, Tensor)])
-
-        self.launch(sequences, done)
+        self._replays.append((sequences, answer))
+        if not self._replaying:
+            self._replay_together()
         return await answer
+
+    def _replay_together(self) -> None:
+        wanted = [replay for replay in self._replays if not replay[1].done()]  # the others were cancelled
+        together, self._replays = wanted[:_REPLAYED_AT_ONCE], wanted[_REPLAYED_AT_ONCE:]
+        self._replaying = bool(together)
+        if together:
+            self.launch([s for sequences, _ in together for s in sequences], partial(self._replayed, together))
+
+    def _replayed(self, together: Sequence[_Replay], outcomes: Sequence[Outcome], _: float) -> None:
+        left = iter(outcomes)
+        for sequences, answer in together:
+            own = list(islice(left, len(sequences)))
+            error = next((outcome for outcome in own if isinstance(outcome, VbertError)), None)
+            if answer.done():
+                continue
+            if error:
+                answer.set_exception(error)
+            else:
+                answer.set_result([outcome for outcome in own if isinstance(outcome, Tensor)])
+        self._replay_together()
 
     def _expect(self, num_tokens: int) -> None:
         seconds = self._throughput.seconds(num_tokens)

@@ -145,3 +145,25 @@ async def test_the_end_of_a_batch_is_foreseen(pipeline, tenants):
     await task
     assert pipeline.busy_until_s is None
     assert replace(pipeline._metrics).batches == 2
+
+
+async def test_replays_share_a_batch_and_fail_alone(pipeline, model, tenants):
+    """The first has a batch of its own; those that come meanwhile share one, where each still has its own outcome."""
+    _, resident = tenants
+    model.raises = {resident[1][1].digest}
+    replays = [pipeline.replay(sequences(resident[i : i + 1])) for i in (0, 1, 2, 2)]
+    first, failed, third, again = await asyncio.gather(*replays, return_exceptions=True)
+    assert pipeline._metrics.batches == 2
+    assert isinstance(failed, ComputeFailed)
+    for got, i in ((first, 0), (third, 2), (again, 2)):
+        model.raises = frozenset()
+        for answer, want in zip(got, await run(pipeline, sequences(resident[i : i + 1])), strict=True):
+            assert torch.allclose(answer, want, atol=1e-5)
+
+
+async def test_a_cancelled_replay_leaves_the_others_alone(pipeline, tenants):
+    _, resident = tenants
+    first, cancelled, third = (asyncio.ensure_future(pipeline.replay(sequences(resident[i : i + 1]))) for i in range(3))
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    assert len(await first) == len(await third) == 2
