@@ -117,6 +117,29 @@ def training_quality() -> str:
     return where + markdown(["set", "seed", "linear probe", *next(iter(cells.values()))], body)
 
 
+def equality() -> str:
+    """By backbone, at worst: how far its tenants are from the original libraries and the dense reference."""
+    result = latest("equality")
+    backbones: dict[str, list[Row]] = {}
+    for row in result["rows"]:
+        backbones.setdefault(row["backbone"], []).append(row)
+    body = []
+    for backbone, rows in backbones.items():
+        worst = {name: max(row.get(name, 0.0) for row in rows) for name in ("fp32_to_original", "fp32_alone")}
+        cosine = min(row["bf16_least_cosine"] for row in rows)
+        body.append([backbone, len(rows), *(f"{value:.1e}" for value in worst.values()), f"{cosine:.4f}"])
+    versions = result["machine"]["versions"]
+    where = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft", "adapters"))
+    header = [
+        "backbone",
+        "cases",
+        "fp32, to the original",
+        "fp32, mixed batch to alone",
+        "bf16, least cosine of a token",
+    ]
+    return f"{where}, commit {result['commit']}.\n\n" + markdown(header, body)
+
+
 def _cells(rows: Iterable[Row]) -> Iterable[tuple[tuple[Any, ...], dict[str, Row]]]:
     """Rows by (shape, dtype, lengths, tenants), then by system, in the order they were measured."""
     cells: dict[tuple[Any, ...], dict[str, Row]] = {}
@@ -180,6 +203,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "multitenant_mix": multitenant_mix,
     "serving": serving,
     "training_quality": training_quality,
+    "equality": equality,
     "engine_options": engine_options,
     "http_options": http_options,
     "train_options": train_options,
