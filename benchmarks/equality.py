@@ -37,8 +37,10 @@ from vbert.tokenizer import Encoded, Tokenizer
 
 __all__ = ["main"]
 
-# fp32: of one number. cosine: of the last hidden state of one token, bfloat16 against fp32. bf16: of one number, as a
-# share of the tolerance that self-tests allow in bfloat16.
+# fp32: of one number. cosine: of the last hidden state of one token of the bare backbone, bfloat16 against fp32.
+# share: of one number of a tenant's answer, as a share of the tolerance that self-tests allow in bfloat16. A tenant's
+# own cosine is reported and has no bound: with random biases the state of a separator can be so sensitive that `peft`
+# itself, in bfloat16, is below what backbones keep.
 BOUNDS = {"fp32_to_original": 1e-4, "fp32_alone": 1e-4, "bf16_share": 1.0, "bf16_least_cosine": 0.999}
 SEPARATION = 10  # a tenant's answers differ from the bare backbone's by this many fp32 bounds at least
 _console = Console(stderr=True)
@@ -171,7 +173,7 @@ def _case_row(
         "dense_to_original": _distance(dense, case.expected),
         "fp32_alone": _distance(mixed, fp32.alone(i)),
         "bf16_share": max(_share(a, b) for a, b in zip(half, case.expected, strict=True)),
-        "bf16_least_cosine": float(min(cosines)),
+        "bf16_tenant_cosine": float(min(cosines)),
         "effect": _distance(hidden, bare),
     }
     return _row(backbone, case.reader, case.name, numbers)

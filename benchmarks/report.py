@@ -31,12 +31,16 @@ class _NotMeasured(Exception):
     """The benchmark has no recorded result yet."""
 
 
-def latest(benchmark: str) -> dict[str, Any]:
-    """The newest recorded result of a benchmark."""
+def results(benchmark: str) -> list[dict[str, Any]]:
+    """The recorded results of a benchmark, the newest last."""
     path = RESULTS / f"{benchmark}.jsonl"
     if not path.exists():
         raise _NotMeasured(f"Not measured yet: `vbert bench {benchmark} --append`, then `make tables`.")
-    return dict(json.loads(path.read_text().splitlines()[-1]))
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def latest(benchmark: str) -> dict[str, Any]:
+    return results(benchmark)[-1]
 
 
 def fill(text: str) -> str:
@@ -61,7 +65,10 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def multitenant_headline() -> str:
     """64 tenants and the mix of kinds: requests/s of ours and of the peers, and the ratios."""
-    result = latest("multitenant")
+    return _by_shape(_headline_of)
+
+
+def _headline_of(result: Mapping[str, Any]) -> str:
     body = []
     for cell, systems in _cells(result["rows"]):
         shape, dtype, lengths, tenants = cell
@@ -76,7 +83,19 @@ def multitenant_headline() -> str:
 
 def multitenant() -> str:
     """Every row."""
-    result = latest("multitenant")
+    return _by_shape(_rows_of)
+
+
+def _by_shape(table: Callable[[Mapping[str, Any]], str]) -> str:
+    """The table of each shape, of the newest result that has it."""
+    newest: dict[str, dict[str, Any]] = {}
+    for result in results("multitenant"):
+        for shape in {row["shape"] for row in result["rows"]}:
+            newest[shape] = result | {"rows": [row for row in result["rows"] if row["shape"] == shape]}
+    return "\n\n".join(table(newest[shape]) for shape in sorted(newest))
+
+
+def _rows_of(result: Mapping[str, Any]) -> str:
     columns = ("shape", "dtype", "lengths", "tenants", "system", "requests_per_s", "p50_ms", "p99_ms", "spread")
     body = [[row[column] for column in columns] for row in result["rows"]]
     return _where(result) + markdown([column.replace("_", " ") for column in columns], body)
@@ -84,7 +103,10 @@ def multitenant() -> str:
 
 def multitenant_mix() -> str:
     """What modules of every kind cost, against the same batch without any."""
-    result = latest("multitenant")
+    return _by_shape(_mix_of)
+
+
+def _mix_of(result: Mapping[str, Any]) -> str:
     body = []
     for (shape, dtype, lengths, tenants), systems in _cells(result["rows"]):
         speed = {name: row["requests_per_s"] for name, row in systems.items()}
@@ -126,17 +148,14 @@ def equality() -> str:
     body = []
     for backbone, rows in backbones.items():
         worst = {name: max(row.get(name, 0.0) for row in rows) for name in ("fp32_to_original", "fp32_alone")}
-        cosine = min(row["bf16_least_cosine"] for row in rows)
-        body.append([backbone, len(rows), *(f"{value:.1e}" for value in worst.values()), f"{cosine:.4f}"])
+        cosine = next(row["bf16_least_cosine"] for row in rows if row["case"] == "last hidden states")
+        share = max(row.get("bf16_share", 0.0) for row in rows)
+        body.append(
+            [backbone, len(rows), *(f"{value:.1e}" for value in worst.values()), f"{cosine:.4f}", f"{share:.2f}"]
+        )
     versions = result["machine"]["versions"]
     where = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft", "adapters"))
-    header = [
-        "backbone",
-        "cases",
-        "fp32, to the original",
-        "fp32, mixed batch to alone",
-        "bf16, least cosine of a token",
-    ]
+    header = ["backbone", "cases", "fp32, to the original", "fp32, mixed to alone", "bf16, least cosine", "bf16, share"]
     return f"{where}, commit {result['commit']}.\n\n" + markdown(header, body)
 
 
