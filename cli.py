@@ -145,7 +145,7 @@ def _tenants_commands(parser: argparse.ArgumentParser) -> None:
         add_flag(each, "backbone", required=True, help="transformers folder of the backbone", metavar="FOLDER")
     for each in (add, add_all, listing, show, versions, activate, rollback, remove):
         _target_flags(each)
-    for each in (add, activate, remove):
+    for each in (add, activate, rollback, remove):
         each.add_argument("--if-match", type=int, metavar="N", help="only if N is the active version; 0: none is")
     inspect = _command(commands, "inspect", _inspect, "say what is in a checkpoint before it is added", "FOLDER")
     add_flag(inspect, "backbone", help="say whether it fits this backbone, too", metavar="FOLDER")
@@ -345,7 +345,7 @@ def _activate(args: argparse.Namespace) -> None:
 
 def _rollback(args: argparse.Namespace) -> None:
     with _target(args) as store:
-        _print(store.rollback(args.name), as_json=args.json)
+        _print(store.rollback(args.name, if_match=args.if_match), as_json=args.json)
 
 
 def _remove(args: argparse.Namespace) -> None:

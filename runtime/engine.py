@@ -207,9 +207,10 @@ class Engine:
         activate = partial(self._running.parts.store.activate, if_match=if_match)
         return await self._running.tenants.run(activate, tenant, version)
 
-    async def rollback(self, tenant: str) -> TenantVersion:
+    async def rollback(self, tenant: str, *, if_match: int | None = None) -> TenantVersion:
         """Serve the version that was active before the present one."""
-        return await self._running.tenants.run(self._running.parts.store.rollback, tenant)
+        rollback = partial(self._running.parts.store.rollback, if_match=if_match)
+        return await self._running.tenants.run(rollback, tenant)
 
     # ---- start and stop --------------------------------------------------------------------------------------------
 

@@ -59,8 +59,8 @@ class RemoteStore:
         headers = {"Content-Type": "application/json"} | _condition(if_match)
         return _version(self._call("POST", _path(tenant, "/activate"), data=body, headers=headers)[1])
 
-    def rollback(self, tenant: str) -> TenantVersion:
-        return _version(self._call("POST", _path(tenant, "/rollback"))[1])
+    def rollback(self, tenant: str, *, if_match: int | None = None) -> TenantVersion:
+        return _version(self._call("POST", _path(tenant, "/rollback"), headers=_condition(if_match))[1])
 
     def remove(self, tenant: str, *, if_match: int | None = None) -> None:
         self._call("DELETE", _path(tenant), headers=_condition(if_match))

@@ -97,7 +97,7 @@ ROUTES = (
     Route("POST", "/v1/tenants/{id}/activate", "Make a stored version the active one", _ADMIN, tenants.activate,
           _TENANT, body=bodies.ActivateBody, conditional=True),
     Route("POST", "/v1/tenants/{id}/rollback", "Make the version active that was so before", _ADMIN, tenants.rollback,
-          _TENANT),
+          _TENANT, conditional=True),
 
     Route("GET", "/health/live", "Is the process alive", PUBLIC, health.live, {200: answers.LiveAnswer},
           while_draining=True),

@@ -64,7 +64,7 @@ async def activate(call: Call) -> web.Response:
 
 
 async def rollback(call: Call) -> web.Response:
-    return _resource(await call.engine.rollback(call.tenant))
+    return _resource(await call.engine.rollback(call.tenant, if_match=await _if_match(call)))
 
 
 async def list_models(call: Call) -> web.Response:

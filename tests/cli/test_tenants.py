@@ -39,7 +39,8 @@ def test_the_life_of_a_tenant(ok, refused, target, backbone, checkpoints):
     assert ok("tenants", "show", "demo", *target, "--json")["task"] == "embed"
     assert [v["active"] for v in ok("tenants", "versions", "demo", *target, "--json")] == [False, True]
     assert ok("tenants", "activate", "demo", 1, *target, "--json")["version"] == 1
-    assert ok("tenants", "rollback", "demo", *target, "--json")["version"] == 2
+    assert "not version 2" in refused("tenants", "rollback", "demo", "--if-match", 2, *target)
+    assert ok("tenants", "rollback", "demo", "--if-match", 1, *target, "--json")["version"] == 2
     assert "no version 9" in refused("tenants", "activate", "demo", 9, *target)
     assert "not version 1" in refused("tenants", "remove", "demo", "--if-match", 1, *target)
     assert ok("tenants", "remove", "demo", *target, "--json") == {"tenant": "demo", "removed": True}

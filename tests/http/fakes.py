@@ -132,8 +132,8 @@ class FakeEngine:
         await self._called("activate", tenant, keywords)
         return self._version(tenant, version)
 
-    async def rollback(self, tenant):
-        await self._called("rollback", tenant, {})
+    async def rollback(self, tenant, **keywords):
+        await self._called("rollback", tenant, keywords)
         return self._version(tenant, 2)
 
     async def list_tenants(self, *, after="", limit=1000):

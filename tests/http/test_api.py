@@ -212,7 +212,10 @@ def test_the_life_of_a_tenant(server):
     assert (conflict.status_code, conflict.json()["error"]["code"]) == (409, "version_conflict")
     assert server.ask("POST", f"{path}/activate", json={"version": 1}).headers["ETag"] == '"1"'
     assert server.infer("classify", "acme.life", input="hello").json()["data"] == first["data"]
-    assert server.ask("POST", f"{path}/rollback").headers["ETag"] == '"2"'
+    conflict = server.ask("POST", f"{path}/rollback", headers={"If-Match": '"2"'})
+    assert (conflict.status_code, conflict.json()["error"]["code"]) == (409, "version_conflict")
+    assert server.ask("POST", f"{path}/rollback", headers={"If-None-Match": "*"}).status_code == 409
+    assert server.ask("POST", f"{path}/rollback", headers={"If-Match": '"1"'}).headers["ETag"] == '"2"'
     assert server.ask("GET", path).json()["version"] == 2
     assert server.ask("POST", f"{path}/activate", json={"version": 9}).status_code == 404
 

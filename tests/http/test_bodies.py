@@ -163,11 +163,12 @@ async def test_conditions_reach_the_engine(headers, if_match):
             await client.ask("PUT", path, data=b"x", headers=headers),
             await client.ask("DELETE", path, headers=headers),
             await client.ask("POST", f"{path}/activate", json={"version": 3}, headers=headers),
+            await client.ask("POST", f"{path}/rollback", headers=headers),
         ]
-    assert [answer.status for answer in answers] == [201, 200, 200]
-    assert [answer.headers.get("ETag") for answer in answers] == ['"3"', None, '"3"']
+    assert [answer.status for answer in answers] == [201, 200, 200, 200]
+    assert [answer.headers.get("ETag") for answer in answers] == ['"3"', None, '"3"', '"2"']
     changes = [keywords["if_match"] for method, _, keywords in engine.calls if method != "get_tenant"]
-    assert changes == [if_match] * 3
+    assert changes == [if_match] * 4
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,15 @@ async def test_the_document_lists_every_route_and_every_model():
     assert answer.json["x-limits"]["max_body_bytes"] == 8 * 2**20
 
 
+def test_every_change_of_a_tenant_can_be_conditional():
+    for path, methods in DOCUMENT["paths"].items():
+        for method, operation in methods.items():
+            changes = path.startswith("/v1/tenants") and method != "get"
+            headers = {parameter["name"] for parameter in operation["parameters"] if parameter["in"] == "header"}
+            assert headers == ({"If-Match", "If-None-Match"} if changes else set()), path
+            assert ("409" in operation["responses"]) == changes, path
+
+
 async def test_the_document_says_who_may_call_only_where_keys_are_set(tmp_path):
     secret, key = make_key("a", ["metrics"])
     (tmp_path / "keys").write_text(key.line())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from runtime import Engine
-from runtime.errors import Draining, InvalidTenantId
+from runtime.errors import Draining, InvalidTenantId, VersionConflict
 from tests.fakes import GatedPolicy
 from tests.random_tenants import DELTA_KINDS, HEADS
 from tests.serving.helpers import Dense, add, outcome, softmax, until, waiting
@@ -123,7 +123,9 @@ async def test_activate_and_roll_back(serving, factory):
         assert [v.version for v in await engine.versions("t")] == [1, 2, 3]
         await engine.activate("t", 1)
         assert (await engine.classify("t", ["no"])).version == 1
-        assert (await engine.rollback("t")).version == 3
+        with pytest.raises(VersionConflict):
+            await engine.rollback("t", if_match=3)
+        assert (await engine.rollback("t", if_match=1)).version == 3
         assert (await engine.classify("t", ["no"])).version == 3
         assert (await engine.get_tenant("t")).active
         assert [v.tenant for v in await engine.list_tenants()] == ["t"]
