@@ -64,7 +64,7 @@ def load_parts(config: EngineConfig) -> Parts:
     backbone = read_backbone(config.backbone)
     tokenizer = Tokenizer.load(config.backbone, backbone.config)
     model = Model.load(backbone, config.dtype, config.device)
-    store = TenantStore(config.store)
+    store = TenantStore(config.store, max_bytes=config.max_store_bytes or None)
     parts = Parts(
         name=config.name or backbone.name,
         backbone=backbone,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.errors import ComputeFailed, ModuleTooLarge, RequestTooLarge
+from runtime.errors import ComputeFailed, ModuleTooLarge, RequestTooLarge, StoreFull
 from tests.fakes import GatedPolicy, ManualClock
 from tests.random_tenants import DELTA_KINDS
 from tests.serving.helpers import Dense, add, held, outcome, until, waiting
@@ -180,6 +180,17 @@ async def test_bad_uploads_are_refused_at_registration(serving, factory, tmp_pat
         with pytest.raises((RefusedCheckpoint, CorruptFile)):
             await engine.add_tenant("t", tmp_path)
         assert await engine.list_tenants() == []
+
+
+async def test_a_full_store_takes_no_more_until_a_tenant_is_removed(serving, factory):
+    one, two = (write_tenant(factory.tenant("lora")) for _ in range(2))
+    async with serving(max_store_bytes=len(one) + len(two) - 1) as engine:
+        await engine.put_tenant("a", one)
+        with pytest.raises(StoreFull, match=f"its limit is {len(one) + len(two) - 1}"):
+            await engine.put_tenant("b", two)
+        assert [version.tenant for version in await engine.list_tenants()] == ["a"]
+        await engine.remove_tenant("a")
+        assert (await engine.put_tenant("b", two))[1]
 
 
 async def test_a_module_larger_than_all_memory_is_refused(serving, factory):
