@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from runtime.http.errors import InvalidValue, MalformedBody
 
@@ -24,11 +24,20 @@ __all__ = [
     "parse_query",
 ]
 
-Text = Annotated[str, Field(pattern=r"\S")]
+T = TypeVar("T")
+
+
+def _let_others_run(item: T) -> T:
+    """Python between two items, where another thread may take the interpreter from a thread that reads a large body."""
+    return item
+
+
+_Pause = AfterValidator(_let_others_run)
+Text = Annotated[str, Field(pattern=r"\S"), _Pause]
 Word = Annotated[str, Field(min_length=1)]
 Pair = tuple[Text, Text]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True), _Pause]
 # fail_fast: the first bad item ends the check, so that a list of a million bad ones is not a million errors.
 # left_to_right: the members of the unions exclude each other.
 EmbeddingInput = Annotated[
@@ -43,7 +52,7 @@ ClassifyInput = Annotated[
     Text | Annotated[list[ClassifyItem], Field(min_length=1, fail_fast=True)], Field(union_mode="left_to_right")
 ]
 WordsItem = Annotated[
-    Text | Annotated[list[Word], Field(min_length=1, fail_fast=True)], Field(union_mode="left_to_right")
+    Text | Annotated[list[Word], Field(min_length=1, fail_fast=True), _Pause], Field(union_mode="left_to_right")
 ]
 WordsInput = Annotated[
     Text | Annotated[list[WordsItem], Field(min_length=1, fail_fast=True)], Field(union_mode="left_to_right")

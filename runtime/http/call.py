@@ -38,6 +38,7 @@ class ServerState:
 
     def __post_init__(self) -> None:
         self._upload_turns = asyncio.Semaphore(self.config.max_uploads)
+        self.large_bodies = asyncio.Lock()  # one is parsed at a time: threads that compute keep the event loop waiting
         self._idle.set()
 
     @asynccontextmanager

@@ -1,10 +1,13 @@
 """What a body may be: strict types, one sentence about what is wrong, and what reaches the engine."""
 
 import json
+import sys
+from collections import Counter
 
 import pytest
 
 from runtime.http.answers import ErrorAnswer
+from runtime.http.bodies import ClassifyBody, EmbeddingsBody, ScoreBody, TokenClassifyBody, parse_json
 from tests.http.fakes import FakeEngine, served
 
 M = {"model": "acme.a"}
@@ -122,6 +125,28 @@ async def test_a_million_wrong_items_make_one_short_error():
         answer = await client.ask("POST", EMBED, json=M | {"input": [None] * 150_000})
     assert answer.status == 422
     assert answer.json["error"]["message"].startswith("input is a list of 150000; it must be a text, ")
+
+
+@pytest.mark.parametrize(
+    ("body", "items"),
+    [
+        (EmbeddingsBody, [[1, 2]] * 1000),
+        (EmbeddingsBody, ["a"] * 1000),
+        (ClassifyBody, [["a", "b"]] * 1000),
+        (TokenClassifyBody, [["a", "b"]] * 1000),
+        (ScoreBody, [["a", "b"]] * 1000),
+    ],
+)
+def test_another_thread_may_run_between_any_two_items_of_a_body(body, items):
+    """CPython hands the interpreter over where Python code begins, and never inside pydantic's compiled code."""
+    calls = Counter()
+    data = json.dumps(M | {"input": items}).encode()
+    sys.setprofile(lambda frame, event, argument: calls.update([event]))
+    try:
+        parse_json(body, data)
+    finally:
+        sys.setprofile(None)
+    assert calls["call"] >= len(items)
 
 
 async def test_terms_reach_the_engine():

@@ -4,9 +4,13 @@ import asyncio
 import io
 import json
 import re
+import threading
 
 import pytest
 
+from runtime.http import answering
+from runtime.http.bodies import parse_json
+from runtime.http.call import STATE
 from tests.http.fakes import FakeEngine, served
 
 TEXT = {"model": "acme.a", "input": "hello"}
@@ -50,6 +54,27 @@ async def test_a_10_mb_text_is_too_large_whether_declared_or_chunked():
             assert "8388608" in answer.json["error"]["message"]
         assert (await client.ask("POST", "/v1/embeddings", json=TEXT)).status == 200
     assert len(engine.calls) == 1
+
+
+async def test_large_bodies_are_read_one_at_a_time_beside_the_event_loop(monkeypatch):
+    reading, go_on = [], threading.Event()
+
+    def slowly(*arguments):
+        reading.append(threading.current_thread())
+        assert go_on.wait(20)
+        return parse_json(*arguments)
+
+    engine, large = FakeEngine(), TEXT | {"input": ["word " * 40_000]}
+    async with served(engine) as client:
+        monkeypatch.setattr(answering, "parse_json", slowly)
+        asked = [asyncio.create_task(client.ask("POST", "/v1/embeddings", json=large)) for _ in range(2)]
+        await _until(lambda: reading and len(client.app[STATE].large_bodies._waiters or ()) == 1)
+        assert (await client.ask("GET", "/health/live")).status == 200
+        assert len(reading) == 1
+        go_on.set()
+        assert [(await task).status for task in asked] == [200, 200]
+    assert threading.current_thread() not in reading
+    assert [keywords["inputs"] for _, _, keywords in engine.calls] == [large["input"]] * 2
 
 
 async def test_an_upload_has_the_limit_of_modules_and_not_of_bodies():
