@@ -80,16 +80,17 @@ class BlobFolder:
     def is_empty(self) -> bool:
         return next(self._files(), None) is None
 
-    def sweep(self, keep: Set[str]) -> tuple[str, ...]:
-        """Delete unfinished writes and every blob whose digest is not in `keep`; returns the digests deleted."""
+    def delete(self, digest: str) -> None:
+        """Nothing happens if there is no such blob."""
+        self.path(digest).unlink(missing_ok=True)
+
+    def sweep(self, keep: Set[str]) -> None:
+        """Delete unfinished writes and every blob whose digest is not in `keep`. Reads all names."""
         for path in self._incoming.glob("*.part"):
             path.unlink()
-        deleted = []
         for digest, path in self._files():
             if digest not in keep:
                 path.unlink()
-                deleted.append(digest)
-        return tuple(deleted)
 
     def _files(self) -> Iterator[tuple[str, Path]]:
         for path in self._blobs.glob("??/*"):

@@ -109,21 +109,19 @@ class Core:
             raise SelfTestFailed(f"the backbone does not answer as it should: {self.health.error}")
 
     async def look_after(self) -> None:
-        """Every few seconds a canary, and the files of removed tenants that nobody uses any more. Until cancelled."""
+        """Every few seconds a canary, and away with what nobody uses of tenants that were removed. Until cancelled."""
         while True:
             await asyncio.sleep(self.config.canary_interval_s)
             await self.health.canary()
             await self.collect_garbage()
 
     async def collect_garbage(self) -> None:
-        if not self.tenants.removed:
-            return
         try:
-            gone = await self.tenants.collect(self.dispatcher.live.keys() | self.manager.loading)
+            unused = await self.tenants.collect(lambda: self.dispatcher.live.keys() | self.manager.loading)
         except VbertError as error:  # the disk is full, or another process writes: the next round tries again
             _log.warning("the files of removed tenants could not be deleted: %s", error.message)
             return
-        for digest in gone:
+        for digest in unused:
             self.manager.drop(digest)
 
     def snapshot(self) -> MetricsSnapshot:

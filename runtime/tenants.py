@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import Callable, Set
 from concurrent.futures import Executor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -37,7 +37,6 @@ class Tenants:
     arena: Arena
     lanes: Lanes
     reserved: str
-    removed: set[str] = field(default_factory=set)  # digests whose files may be garbage
     closed: bool = False
 
     async def add(
@@ -58,14 +57,18 @@ class Tenants:
 
     async def remove(self, tenant: str, *, if_match: int | None) -> None:
         """Forget a tenant. Requests already admitted are still answered; their files go when the last one is."""
-        self.removed |= await self.run(partial(self._remove, if_match=if_match), tenant)
+        await self.run(partial(self.store.remove, if_match=if_match), tenant)
 
-    async def collect(self, in_use: Set[str]) -> Set[str]:
-        """Delete files of removed tenants but those in use. Returns the removed digests that nobody uses any more."""
-        gone = self.removed - in_use
-        await self.run(self.store.collect_garbage, in_use)
-        self.removed -= gone
-        return gone
+    async def collect(self, in_use: Callable[[], Set[str]]) -> Set[str]:
+        """Delete files of tenants that were removed, here or by another process, but those in use. Returns the digests
+        that nobody needs any more, deleted or not.
+
+        `in_use` is asked after the garbage is known: nobody is admitted for it any more, so whoever needs it shows.
+        """
+        garbage = await self.run(self.store.garbage)
+        if unused := garbage - in_use():
+            await self.run(self.store.collect_garbage, unused)
+        return unused
 
     async def run(self, method: Callable[..., T], *args: object) -> T:
         """A method of the store, on its thread."""
@@ -76,11 +79,6 @@ class Tenants:
         if self.closed:
             raise Draining("the server is stopping and changes no tenants; ask another one")
         return await asyncio.get_running_loop().run_in_executor(lane, method, *args)
-
-    def _remove(self, tenant: str, *, if_match: int | None) -> set[str]:
-        digests = {version.digest for version in self.store.versions(tenant)}
-        self.store.remove(tenant, if_match=if_match)
-        return digests
 
     def _put(
         self, tenant: str, source: Source, *, activate: bool, if_match: int | None, task: str | None

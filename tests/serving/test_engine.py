@@ -9,9 +9,10 @@ import pytest
 
 from runtime import Engine
 from runtime.errors import Draining, InvalidTenantId, VersionConflict
+from runtime.store import TenantStore
 from tests.fakes import GatedPolicy
 from tests.random_tenants import DELTA_KINDS, HEADS
-from tests.serving.helpers import Dense, add, outcome, softmax, until, waiting
+from tests.serving.helpers import Dense, add, held, outcome, softmax, until, waiting
 from tests.tiny import PAIRS, TEXTS
 from vbert.errors import BadRequest, ConfigError, UnknownTenant
 
@@ -144,6 +145,53 @@ async def test_put_is_idempotent_and_files_of_removed_tenants_go(serving, factor
         await engine.remove_tenant("t")
         assert engine.snapshot().resident_modules == 0
         assert not list((tmp_path / "store").rglob("*.safetensors"))
+
+
+async def test_what_another_process_removed_leaves_memory_and_disk(serving, factory, tmp_path):
+    files = tmp_path / "store"
+    async with serving(canary_interval_s=0.01) as engine:
+        await add(engine, "t", factory.tenant("lora"))
+        await engine.classify("t", ["no"])
+        with TenantStore(files) as theirs:
+            theirs.remove("t")
+            await until(lambda: engine.snapshot().resident_modules == 0)
+            assert len(list(files.rglob("*.safetensors"))) == 1  # the other process may be about to read it
+        await until(lambda: not list(files.rglob("*.safetensors")))
+        with pytest.raises(UnknownTenant):
+            await engine.classify("t", ["no"])
+
+
+async def test_a_file_that_an_admitted_request_needs_stays(serving, factory, tmp_path):
+    """The tenant is removed by another process between admission and loading."""
+    files = tmp_path / "store"
+    async with serving() as engine:
+        await add(engine, "t", factory.tenant("lora"))
+        with held(engine._core.lanes.loader, 2):
+            asked = asyncio.create_task(engine.classify("t", ["no"]))
+            await until(lambda: engine.snapshot().loading_modules == 1)
+            with TenantStore(files) as theirs:
+                theirs.remove("t")
+            await engine._core.collect_garbage()
+            assert len(list(files.rglob("*.safetensors"))) == 1
+        assert (await asked).version == 1
+        await engine._core.collect_garbage()
+        assert not list(files.rglob("*.safetensors"))
+
+
+async def test_a_request_admitted_while_garbage_is_looked_for_keeps_its_file(serving, factory, tmp_path):
+    """Removed after `garbage` was read: what was found there is deleted and nothing else."""
+    async with serving() as engine:
+        await add(engine, "old", factory.tenant("lora"))
+        await add(engine, "t", factory.tenant("lora"))
+        core = engine._core
+        core.parts.store.remove("old")
+
+        def in_use():
+            core.parts.store.remove("t")
+            return set()
+
+        assert len(await core.tenants.collect(in_use)) == 1
+        assert len(list((tmp_path / "store").rglob("*.safetensors"))) == 1
 
 
 async def test_a_native_file_is_added_by_its_path(serving, factory, tmp_path):

@@ -17,4 +17,4 @@ while True:
     sys.stdout.write(f"{tenant} {version.version} {version.digest}\n")
     sys.stdout.flush()
     if chance.random() < 0.1:
-        store.collect_garbage(frozenset())
+        store.collect_garbage(store.garbage())

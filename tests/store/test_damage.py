@@ -45,7 +45,7 @@ def test_max_bytes_refuses_the_whole_batch(folder):
         store.remove("t")
         with pytest.raises(StoreFull):
             store.put("u", b"123456", FACTS)
-        store.collect_garbage(frozenset())
+        store.collect_garbage(store.garbage())
         assert store.put("u", b"123456", FACTS)[1]
         assert store.num_bytes() == 6
 
@@ -63,7 +63,6 @@ def test_a_file_size_limit_is_store_full_and_leaves_nothing(store, folder):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [v.tenant for v in store.list()] == ["t"]
     assert not list(folder.glob("incoming/*"))
-    store.collect_garbage(frozenset())
     assert blob_files(folder) == [digest_of(b"one")]
     assert store.put("t", b"two", FACTS)[0].version == 2
     assert store.check() == 2  # and works again
@@ -75,12 +74,24 @@ def test_a_file_size_limit_is_store_full_and_leaves_nothing(store, folder):
 def test_garbage_is_kept_while_somebody_uses_it(store, folder):
     old, _ = store.put("t", b"one", FACTS)
     store.remove("t")
-    assert store.collect_garbage({old.digest}) == ()
-    assert blob_files(folder) == [old.digest]
+    garbage = store.garbage()
+    assert garbage == {old.digest}
+    assert store.collect_garbage(frozenset()) == ()
     with TenantStore(folder):
-        assert store.collect_garbage(frozenset()) == ()  # the other one may be about to read it
-    assert store.collect_garbage(frozenset()) == (old.digest,)
+        assert store.collect_garbage(garbage) == ()  # the other one may be about to read it
+    assert blob_files(folder) == [old.digest]
+    assert store.collect_garbage(garbage) == (old.digest,)
     assert blob_files(folder) == []
+
+
+def test_what_is_named_again_is_no_garbage_any_more(store, folder):
+    old, _ = store.put("t", b"one", FACTS)
+    store.remove("t")
+    garbage = store.garbage()
+    new, _ = store.put("u", b"one", FACTS)
+    assert store.collect_garbage(garbage) == ()
+    assert blob_files(folder) == [old.digest] == [new.digest]
+    store.check()
 
 
 def test_opening_cleans_up_what_a_kill_left(folder):
@@ -127,7 +138,7 @@ def test_self_tests_live_as_long_as_their_blob(store):
     store.set_self_tests(version.digest, b"better tests")
     assert store.self_tests(version.digest) == b"better tests"
     store.remove("t")
-    store.collect_garbage(frozenset())
+    store.collect_garbage(store.garbage())
     store.set_self_tests(version.digest, b"too late")
     assert store.self_tests(version.digest) is None
 

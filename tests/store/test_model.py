@@ -56,7 +56,7 @@ def apply(model, store, name, tenant, number):
             model.put(tenant, data, activate=False)
             store.put(tenant, data, FACTS, activate=False)
         elif name == "collect":
-            store.collect_garbage(frozenset())
+            store.collect_garbage(store.garbage())
         else:
             getattr(model, name)(tenant, *arguments[name])
             getattr(store, name)(tenant, *arguments[name], *([FACTS] if name == "put" else []))
