@@ -43,7 +43,8 @@ class _Computed:
 
 
 class Pipeline:
-    """`launch` from the event loop; `done` is called on it. State is touched by the event loop only."""
+    """`launch` from the event loop; `done` is called on it. State is touched by the event loop only, but for the choice
+    of threads, which the compute thread makes and learns."""
 
     def __init__(self, model: Model, lane: Executor, threads: ThreadChoice, clock: Clock, metrics: Metrics) -> None:
         self._model, self._lane, self._clock, self._metrics = model, lane, clock, metrics
@@ -78,7 +79,7 @@ class Pipeline:
         self.in_flight += 1
         loop = asyncio.get_running_loop()
         finished = partial(self._finished, num_tokens, done)
-        future = self._lane.submit(self._compute, sequences, self._threads.choose(num_tokens))
+        future = self._lane.submit(self._compute, sequences, num_tokens)
         future.add_done_callback(lambda computed: loop.call_soon_threadsafe(finished, computed))
 
     async def replay(self, sequences: Sequence[SequenceInput]) -> list[Tensor]:
@@ -125,8 +126,6 @@ class Pipeline:
         self.in_flight -= 1
         self._moved_s = self._clock.now_s()
         self._throughput.observe(num_tokens, computed.compute_s)
-        if not computed.reran:
-            self._threads.observe(computed.num_threads, num_tokens, computed.compute_s)
         self._metrics.compute_threads = computed.num_threads
         self._metrics.batches += 1
         self._metrics.batch_tokens.observe(num_tokens)
@@ -136,7 +135,9 @@ class Pipeline:
 
     # ---- on the compute thread -------------------------------------------------------------------------------------
 
-    def _compute(self, sequences: Sequence[SequenceInput], num_threads: int) -> _Computed:
+    def _compute(self, sequences: Sequence[SequenceInput], num_tokens: int) -> _Computed:
+        # Chosen now and not at the launch: the batch before, which may have collapsed, is known.
+        num_threads = self._threads.choose(num_tokens)
         started_s = self._clock.now_s()
         if torch.get_num_threads() != num_threads:
             torch.set_num_threads(num_threads)
@@ -149,7 +150,10 @@ class Pipeline:
         if reran:
             groups = groupby(sequences, key=lambda sequence: sequence.tenant)
             outcomes = [outcome for _, group in groups for outcome in self._alone(list(group))]
-        return _Computed(outcomes, self._clock.now_s() - started_s, num_threads, reran)
+        compute_s = self._clock.now_s() - started_s
+        if not reran:
+            self._threads.observe(num_threads, num_tokens, compute_s)
+        return _Computed(outcomes, compute_s, num_threads, reran)
 
     def _alone(self, sequences: list[SequenceInput]) -> list[Outcome]:
         """The sequences of one tenant, whose errors concern nobody else."""

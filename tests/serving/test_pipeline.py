@@ -85,6 +85,31 @@ async def test_a_batch_gives_the_dense_answers(pipeline, tenants, backbone):
         )
 
 
+class Told(ThreadChoice):
+    """One thread; remembers what it was asked and told."""
+
+    def __init__(self):
+        super().__init__((1,))
+        self.seen = []
+
+    def choose(self, tokens):
+        self.seen.append("choose")
+        return super().choose(tokens)
+
+    def observe(self, count, tokens, seconds):
+        self.seen.append("observe")
+        super().observe(count, tokens, seconds)
+
+
+async def test_threads_are_chosen_when_the_batch_before_is_known(model, tenants):
+    """Batches are launched ahead of time; one that collapses must not draw the next into it."""
+    threads = Told()
+    with ThreadPoolExecutor(1) as lane:
+        pipeline = Pipeline(model, lane, threads, MonotonicClock(), Metrics())
+        await asyncio.gather(*[run(pipeline, sequences(tenants[1])) for _ in range(3)])
+    assert threads.seen == ["choose", "observe"] * 3
+
+
 async def test_a_tenant_that_raises_fails_alone(pipeline, model, tenants):
     _, resident = tenants
     fine = await run(pipeline, sequences(resident))
