@@ -153,7 +153,7 @@ def _refusal(model: type[BaseModel], error: ValidationError) -> InvalidValue | M
     if field is None:
         known = ", ".join(model.model_fields)
         return InvalidValue(f"{name[:80]} is not known here; the fields are {known}", param=name[:80])
-    found = "missing" if first["type"] == "missing" else _short(first["input"])
+    found = "missing" if (first["type"], len(first["loc"])) == ("missing", 1) else _short(first["input"])
     return InvalidValue(f"{name} is {found}; it must be {field.description}", param=name)
 
 

@@ -92,6 +92,12 @@ def _gauges(now: MetricsSnapshot) -> Iterable[Metric]:
         ("vbert_queue_inputs", "Inputs waiting.", now.queue_inputs),
         ("vbert_queue_tokens", "Tokens waiting.", now.queue_tokens),
         ("vbert_in_flight_batches", "Forward passes under way.", now.in_flight_batches),
+        ("vbert_compute_threads", "Threads of the last forward pass.", now.compute_threads),
+        (
+            "vbert_event_loop_lag_p99_seconds",
+            "How late the event loop woke up, 99 of 100 times at most; lately.",
+            now.loop_lag.p99,
+        ),
     ):
         yield GaugeMetricFamily(name, text, value=value)
     if now.tokens_per_s is not None:

@@ -34,7 +34,7 @@ _PAGE = 1000
 
 
 async def put_tenant(call: Call) -> web.Response:
-    """The body is a native tenant file. 200: these bytes are the active version already; 201: a new version."""
+    """The body is a native tenant file. 201: a new version; 200: the tenant has these bytes already."""
     version, created = await call.engine.put_tenant(call.tenant, call.body, if_match=await _if_match(call))
     return _resource(version, status=201 if created else 200)
 

@@ -145,6 +145,8 @@ class FakeEngine:
     def snapshot(self):
         metrics = Metrics()
         metrics.observe_request(("low_rank", "sparse"), TIMINGS)
+        metrics.loop_lag.observe(0.004)
+        metrics.compute_threads = 2
         return metrics.snapshot(
             resident_bytes={"low_rank": 7},
             resident_modules=1,

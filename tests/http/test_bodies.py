@@ -120,6 +120,12 @@ async def test_what_is_not_json_is_malformed(client, data):
         assert (answer.status, answer.code) == (400, "malformed_body")
 
 
+@pytest.mark.asyncio(loop_scope="module")
+async def test_half_a_pair_is_not_called_a_missing_field(client):
+    answer = await client.ask("POST", "/v1/score", json=M | {"input": [["a"]]})
+    assert answer.json["error"]["message"].startswith("input is a list of 1; it must be a list of pairs")
+
+
 async def test_a_million_wrong_items_make_one_short_error():
     async with served(FakeEngine()) as client:
         answer = await client.ask("POST", EMBED, json=M | {"input": [None] * 150_000})
@@ -251,10 +257,12 @@ async def test_metrics_are_prometheus_text_without_names_of_tenants():
         'vbert_http_requests_total{method="other",route="unknown",status="404"} 1.0',
         'vbert_http_requests_total{method="other",route="unknown",status="405"} 1.0',
         'vbert_resident_bytes{kind="low_rank"} 7.0',
+        "vbert_event_loop_lag_p99_seconds 0.004",
+        "vbert_compute_threads 2.0",
         'vbert_request_queue_seconds_bucket{kind="low_rank+sparse",le="0.001"} 0.0',
         'vbert_request_queue_seconds_bucket{kind="low_rank+sparse",le="0.0025"} 1.0',
         'vbert_request_queue_seconds_bucket{kind="low_rank+sparse",le="+Inf"} 1.0',
         'vbert_request_queue_seconds_sum{kind="low_rank+sparse"} 0.002',
-        "vbert_event_loop_lag_seconds_count 0.0",
+        "vbert_event_loop_lag_seconds_count 1.0",
     ):
         assert line in text.splitlines(), line
