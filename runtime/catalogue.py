@@ -57,8 +57,10 @@ def explained(path: Path, error: Exception) -> Exception:
         return Overloaded(f"another process has been writing to {path} for {_BUSY_TIMEOUT_S:.0f} s; try again")
     if code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return CorruptFile(f"{path} is damaged: {error}; restore it from a copy")
-    if code & 0xFF in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
-        return ConfigError(f"{path} cannot be opened and written: {error}; check the permissions of its folder")
+    if code & 0xFF in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_IOERR):
+        return ConfigError(
+            f"{path} cannot be opened and written: {error}; check the permissions of its folder, its disk"
+        )
     return error
 
 

@@ -118,8 +118,8 @@ class Core:
     async def collect_garbage(self) -> None:
         try:
             unused = await self.tenants.collect(lambda: self.dispatcher.live.keys() | self.manager.loading)
-        except VbertError as error:  # the disk is full, or another process writes: the next round tries again
-            _log.warning("the files of removed tenants could not be deleted: %s", error.message)
+        except (VbertError, OSError) as error:  # the disk, or another process that writes: the next round tries again
+            _log.warning("the files of removed tenants could not be deleted: %s", error)
             return
         for digest in unused:
             self.manager.drop(digest)

@@ -161,6 +161,24 @@ async def test_what_another_process_removed_leaves_memory_and_disk(serving, fact
             await engine.classify("t", ["no"])
 
 
+@pytest.mark.parametrize(
+    ("method", "error"),
+    [("garbage", ConfigError("disk I/O error")), ("collect_garbage", PermissionError(13, "Permission denied"))],
+)
+async def test_a_store_that_cannot_be_cleaned_up_is_served_on(serving, factory, monkeypatch, caplog, method, error):
+    def fails(*_):
+        raise error
+
+    async with serving(canary_interval_s=0.01) as engine:
+        await add(engine, "t", factory.tenant("lora"))
+        await add(engine, "u", factory.tenant("lora"))
+        monkeypatch.setattr(engine._core.parts.store, method, fails)
+        await engine.remove_tenant("t")
+        await until(lambda: caplog.text.count("could not be deleted") >= 3)
+        assert (await engine.classify("u", ["no"])).version == 1
+        assert engine.ready().ready
+
+
 async def test_a_file_that_an_admitted_request_needs_stays(serving, factory, tmp_path):
     """The tenant is removed by another process between admission and loading."""
     files = tmp_path / "store"

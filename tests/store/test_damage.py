@@ -8,9 +8,10 @@ import stat
 import pytest
 
 from runtime.blobs import digest_of
+from runtime.catalogue import explained
 from runtime.errors import StoreFull
 from runtime.store import ModuleFacts, TenantStore, Upload
-from vbert.errors import ConfigError, CorruptFile
+from vbert.errors import ConfigError, CorruptFile, Overloaded
 
 FACTS = ModuleFacts(fingerprint="sha256:0", task="embed")
 
@@ -176,6 +177,22 @@ def test_a_catalogue_that_cannot_be_opened(folder):
     (folder / "catalogue.sqlite").mkdir(parents=True)
     with pytest.raises(ConfigError, match="unable to open database file; check the permissions"):
         TenantStore(folder)
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (sqlite3.SQLITE_IOERR_READ, ConfigError),
+        (sqlite3.SQLITE_IOERR_WRITE, StoreFull),
+        (sqlite3.SQLITE_READONLY_DBMOVED, ConfigError),
+        (sqlite3.SQLITE_BUSY_SNAPSHOT, Overloaded),
+        (sqlite3.SQLITE_CORRUPT_INDEX, CorruptFile),
+    ],
+)
+def test_what_sqlite_says_is_one_of_our_errors(tmp_path, code, expected):
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorcode = code
+    assert type(explained(tmp_path / "catalogue.sqlite", error)) is expected
 
 
 def test_another_database_in_its_place(folder):
