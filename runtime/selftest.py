@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor
 from runtime.store import TenantStore
 from vbert.arena import ResidentTenant
 from vbert.checkpoint import read_tenant_bytes
+from vbert.errors import VbertError
 from vbert.formats.transformers_folder import Backbone
 from vbert.model import SequenceInput
 from vbert.selftest import check_outputs, dump_self_tests, load_self_tests, make_self_tests
@@ -20,6 +22,8 @@ from vbert.tenant import SelfTest
 from vbert.tokenizer import Tokenizer
 
 __all__ = ["SelfTester"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +51,10 @@ class SelfTester:
             return load_self_tests(data)
         module = read_tenant_bytes(self.store.blob_path(digest).read_bytes())
         tests = make_self_tests(self.backbone, module, self.tokenizer)
-        self.store.set_self_tests(digest, dump_self_tests(tests))
+        try:
+            self.store.set_self_tests(digest, dump_self_tests(tests))
+        except VbertError as error:  # a full disk takes no tests, and is no reason not to serve what is on it
+            _log.warning("the self-tests of %s could not be kept: %s", digest[:12], error.message)
         return tests
 
 

@@ -212,6 +212,17 @@ async def test_self_tests_are_made_once_by_the_dense_reference_and_kept(serving,
         assert len(load_self_tests(store.self_tests(digest))) == 3
 
 
+async def test_a_full_disk_does_not_keep_a_tenant_from_loading(serving, factory, monkeypatch, caplog):
+    def full(*_):
+        raise StoreFull("the disk is full")
+
+    async with serving() as engine:
+        await add(engine, "t", factory.tenant("lora"))
+        monkeypatch.setattr(engine._core.parts.store, "set_self_tests", full)
+        assert (await engine.classify("t", TEXTS)).version == 1
+    assert "could not be kept: the disk is full" in caplog.text
+
+
 async def test_other_numbers_than_stored_refuse_the_load_and_free_the_slot(serving, factory, backbone):
     dense = Dense(backbone)
     module = factory.tenant("lora")
