@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 
 from runtime.clock import Clock
 from runtime.dispatcher import Dispatcher
@@ -88,7 +89,7 @@ class ServingLoop:
             tenant = self.manager.pin(pending.served.key.digest)
             inputs = pending.encoded[piece.first : piece.last]
             sequences += [SequenceInput(e.token_ids, e.type_ids, tenant) for e in inputs]
-        self.pipeline.launch(sequences, partial(self._finished, pieces))
+        self.pipeline.launch(sequences, partial(self._finished, pieces), partial(_wanted, pieces))
 
     def _finished(self, pieces: _Pieces, outcomes: Sequence[Outcome], compute_s: float) -> None:
         """A batch ended: every piece gets its outputs, or the error of its tenant."""
@@ -111,3 +112,9 @@ class ServingLoop:
         else:
             outputs = [outcome for outcome in outcomes if not isinstance(outcome, VbertError)]
             pending.deliver(first, outputs, compute_s=compute_s, now_s=now_s)
+
+
+def _wanted(pieces: _Pieces) -> Iterator[bool]:
+    """For each input of a batch, whether its caller still waits. Read by the compute thread."""
+    for pending, piece in pieces:
+        yield from repeat(not pending.future.done(), piece.last - piece.first)

@@ -10,9 +10,9 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby, islice
+from itertools import compress, groupby, islice
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ __all__ = ["Outcome", "Pipeline"]
 
 Outcome = Tensor | VbertError
 _Replay = tuple[Sequence[SequenceInput], asyncio.Future[list[Tensor]]]
+_LEFT = ComputeFailed("nobody waits for this answer any more")  # and so nobody will read this
 _REPLAYED_AT_ONCE = 16  # modules: short enough for the requests that wait behind
 _log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class _Computed:
     outcomes: list[Outcome]
+    num_tokens: int
     compute_s: float
     num_threads: int
     reran: bool
@@ -69,17 +71,25 @@ class Pipeline:
     def tokens_per_s(self, batch_tokens: int) -> float | None:
         return self._throughput.tokens_per_s(batch_tokens)
 
-    def launch(self, sequences: Sequence[SequenceInput], done: Callable[[Sequence[Outcome], float], None]) -> None:
+    def launch(
+        self,
+        sequences: Sequence[SequenceInput],
+        done: Callable[[Sequence[Outcome], float], None],
+        wanted: Callable[[], Iterable[bool]] | None = None,
+    ) -> None:
         """Compute a batch after those launched before it; then `done(outcomes, compute_s)`, outcomes in the order of
-        `sequences`, each the raw output of its head or the error of its tenant."""
+        `sequences`, each the raw output of its head or the error of its tenant.
+
+        `wanted` is asked on the compute thread when the batch begins: which sequences still have a caller.
+        """
         num_tokens = sum(len(s.token_ids) for s in sequences)
         self._expect(num_tokens)
         if not self.in_flight:
             self._moved_s = self._clock.now_s()
         self.in_flight += 1
         loop = asyncio.get_running_loop()
-        finished = partial(self._finished, num_tokens, done)
-        future = self._lane.submit(self._compute, sequences, num_tokens)
+        finished = partial(self._finished, done)
+        future = self._lane.submit(self._begin, sequences, num_tokens, wanted)
         future.add_done_callback(lambda computed: loop.call_soon_threadsafe(finished, computed))
 
     async def replay(self, sequences: Sequence[SequenceInput]) -> list[Tensor]:
@@ -119,21 +129,34 @@ class Pipeline:
         start_s = max(self._clock.now_s(), self.busy_until_s or 0.0)
         self._busy_until_s = None if seconds is None else start_s + seconds
 
-    def _finished(
-        self, num_tokens: int, done: Callable[[Sequence[Outcome], float], None], future: Future[_Computed]
-    ) -> None:
+    def _finished(self, done: Callable[[Sequence[Outcome], float], None], future: Future[_Computed]) -> None:
         computed = future.result()
         self.in_flight -= 1
         self._moved_s = self._clock.now_s()
-        self._throughput.observe(num_tokens, computed.compute_s)
+        if computed.num_tokens:
+            self._throughput.observe(computed.num_tokens, computed.compute_s)
         self._metrics.compute_threads = computed.num_threads
         self._metrics.batches += 1
-        self._metrics.batch_tokens.observe(num_tokens)
+        self._metrics.batch_tokens.observe(computed.num_tokens)
         self._metrics.compute_busy_s += computed.compute_s
         self._metrics.reruns += computed.reran
         done(computed.outcomes, computed.compute_s)
 
     # ---- on the compute thread -------------------------------------------------------------------------------------
+
+    def _begin(
+        self, sequences: Sequence[SequenceInput], num_tokens: int, wanted: Callable[[], Iterable[bool]] | None
+    ) -> _Computed:
+        """The batch without the sequences whose callers left while it waited for the one before it."""
+        keep = [True] * len(sequences) if wanted is None else list(wanted())
+        if all(keep):
+            return self._compute(sequences, num_tokens)
+        present = list(compress(sequences, keep))
+        computed = _Computed([], 0, 0.0, torch.get_num_threads(), False)
+        if present:
+            computed = self._compute(present, sum(len(s.token_ids) for s in present))
+        outcomes = iter(computed.outcomes)
+        return replace(computed, outcomes=[next(outcomes) if kept else _LEFT for kept in keep])
 
     def _compute(self, sequences: Sequence[SequenceInput], num_tokens: int) -> _Computed:
         # Chosen now and not at the launch: the batch before, which may have collapsed, is known.
@@ -153,7 +176,7 @@ class Pipeline:
         compute_s = self._clock.now_s() - started_s
         if not reran:
             self._threads.observe(num_threads, num_tokens, compute_s)
-        return _Computed(outcomes, compute_s, num_threads, reran)
+        return _Computed(outcomes, num_tokens, compute_s, num_threads, reran)
 
     def _alone(self, sequences: list[SequenceInput]) -> list[Outcome]:
         """The sequences of one tenant, whose errors concern nobody else."""

@@ -192,3 +192,28 @@ async def test_a_cancelled_replay_leaves_the_others_alone(pipeline, tenants):
     await asyncio.sleep(0)
     cancelled.cancel()
     assert len(await first) == len(await third) == 2
+
+
+async def test_who_left_before_the_batch_began_is_not_computed(pipeline, model, tenants):
+    _, resident = tenants
+    wanted = sequences(resident)
+    model.raises = {resident[1][1].digest}  # whose callers left
+    done = asyncio.get_running_loop().create_future()
+    keep = [True, True, False, False, True, True]
+    pipeline.launch(wanted, lambda outcomes, seconds: done.set_result(outcomes), lambda: keep)
+    outcomes = await done
+    assert [isinstance(outcome, torch.Tensor) for outcome in outcomes] == keep
+    model.raises = frozenset()
+    for got, want in zip(outcomes, await run(pipeline, wanted), strict=True):
+        assert not isinstance(got, torch.Tensor) or torch.allclose(got, want, atol=1e-5)
+
+
+async def test_a_batch_that_nobody_waits_for_costs_nothing(pipeline, model, tenants):
+    _, resident = tenants
+    model.raises = {tenant.digest for _, tenant in resident}
+    done = asyncio.get_running_loop().create_future()
+    pipeline.launch(sequences(resident), lambda outcomes, s: done.set_result((outcomes, s)), lambda: [False] * 6)
+    outcomes, compute_s = await done
+    assert len(outcomes) == 6
+    assert compute_s == 0
+    assert pipeline.tokens_per_s(100) is None
