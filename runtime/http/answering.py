@@ -35,9 +35,10 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def add_routes(app: web.Application) -> None:
-    """aiohttp's routes, one for each of the table."""
+    """aiohttp's routes, one for each of the table; what answers GET answers HEAD, as load balancers ask."""
     for route in ROUTES:
-        app.router.add_route(route.method, route.path, partial(endpoint, route), expect_handler=leave_expectation)
+        for method in ("GET", "HEAD") if route.method == "GET" else (route.method,):
+            app.router.add_route(method, route.path, partial(endpoint, route), expect_handler=leave_expectation)
 
 
 async def endpoint(route: Route, request: web.Request) -> web.Response:

@@ -96,8 +96,8 @@ async def test_unknown_paths_and_methods():
         assert (answer.status, answer.code) == (404, "unknown_route")
         for method, path, allowed in (
             ("PUT", "/v1/embeddings", "POST"),
-            ("POST", "/v1/tenants/x", "DELETE, GET, PUT"),
-            ("TRACE", "/health/live", "GET"),
+            ("POST", "/v1/tenants/x", "DELETE, GET, HEAD, PUT"),
+            ("TRACE", "/health/live", "GET, HEAD"),
         ):
             answer = await client.ask(method, path)
             assert (answer.status, answer.code) == (405, "method_not_allowed")
