@@ -203,9 +203,80 @@ def test_pooling_and_projection_as_the_folder_says(folders, tmp_path):
     [
         {"pooling_mode_max_tokens": True},
         {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True},
+        {"pooling_mode_mean_tokens": False},
         {"pooling_mode": "lasttoken"},
     ],
 )
 def test_other_poolings_are_refused(tmp_path, pooling):
     with pytest.raises(RefusedCheckpoint, match="pooling"):
         read_backbone(sentence_transformer(tiny_backbone("bert", tmp_path), pooling))
+
+
+def write_module(folder, name, config, **tensors):
+    (folder / name).mkdir(exist_ok=True)
+    (folder / name / "config.json").write_text(json.dumps(config))
+    if tensors:
+        save_file({f"linear.{part}": tensor for part, tensor in tensors.items()}, folder / name / "model.safetensors")
+
+
+MEAN = {"pooling_mode_mean_tokens": True}
+TANH = {"activation_function": "torch.nn.modules.activation.Tanh", "bias": True}
+WEIGHTS = {"weight": torch.ones(7, 32), "bias": torch.ones(7)}
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ["Transformer", "Pooling", "Normalize", "Dense"],
+        ["Transformer", "Dense", "Pooling"],
+        ["Transformer", "Pooling", "Pooling"],
+        ["Transformer", "Pooling", "LayerNorm"],
+        ["Router", "Pooling"],
+    ],
+    ids=" ".join,
+)
+def test_sentence_modules_of_another_kind_or_order_are_refused(tmp_path, kinds):
+    tiny_backbone("bert", tmp_path)
+    write_module(tmp_path, "Pooling", MEAN)
+    write_module(tmp_path, "Dense", TANH, **WEIGHTS)
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": kind} for kind in kinds]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(RefusedCheckpoint, match=f"modules {' '.join(kinds)} "):
+        read_backbone(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "error", "text"),
+    [
+        (TANH, {"weight": torch.ones(7, 33), "bias": torch.ones(7)}, CorruptFile, r"weight \(7, 33\).*takes 32"),
+        (TANH, {"weight": torch.ones(7, 32)}, CorruptFile, "no bias"),
+        (TANH | {"bias": False}, WEIGHTS, CorruptFile, "a bias"),
+        (TANH | {"activation_function": "torch.nn.SiLU"}, WEIGHTS, RefusedCheckpoint, "activation_function SiLU"),
+        (TANH | {"module_input_name": "token_embeddings"}, WEIGHTS, RefusedCheckpoint, "module_input_name"),
+    ],
+)
+def test_projections_that_cannot_be_honoured(tmp_path, config, tensors, error, text):
+    sentence_transformer(tiny_backbone("bert", tmp_path), MEAN, torch.ones(7, 32))
+    write_module(tmp_path, "2_Dense", config, **tensors)
+    with pytest.raises(error, match=text):
+        read_backbone(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "key"),
+    [
+        ("sentence_bert_config.json", {"do_lower_case": True}, "do_lower_case"),
+        (
+            "config_sentence_transformers.json",
+            {"prompts": {"query": "query: "}, "default_prompt_name": "query"},
+            "default_prompt_name 'query'",
+        ),
+    ],
+)
+def test_what_changes_the_text_is_refused(tmp_path, name, config, key):
+    tiny_backbone("bert", tmp_path)
+    (tmp_path / name).write_text(json.dumps(dict.fromkeys(config)))
+    read_backbone(tmp_path)
+    (tmp_path / name).write_text(json.dumps(config))
+    with pytest.raises(RefusedCheckpoint, match=key):
+        read_backbone(tmp_path)

@@ -18,8 +18,9 @@ from torch import Tensor
 from vbert.config import ACTIVATIONS, MODEL_TYPES, EncoderConfig
 from vbert.errors import CorruptFile, RefusedCheckpoint
 from vbert.formats.names import NAMES, weight_keys, weight_shapes
+from vbert.formats.sentence_transformers import read_embed_head
 from vbert.formats.tensors import malformed_is_corrupt, read_json, read_tensors, weight_files
-from vbert.tenant import Dense, Head
+from vbert.tenant import Head
 
 __all__ = ["Backbone", "fingerprint", "read_backbone", "read_config"]
 
@@ -65,7 +66,7 @@ def _read(folder: Path) -> Backbone:
         config=config,
         weights=weights,
         name=name,
-        embed_head=_embed_head(folder, config),
+        embed_head=read_embed_head(folder, config.hidden_size),
         fingerprint=fingerprint(config, weights),
         folder=folder,
     )
@@ -169,43 +170,3 @@ def fingerprint(config: EncoderConfig, weights: dict[str, Tensor]) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.numpy().data)
     return f"sha256:{digest.hexdigest()}"
-
-
-_POOLINGS = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
-_DENSE_ACTIVATIONS = {"Tanh": "tanh", "Identity": "identity", "ReLU": "relu", "GELU": "gelu"}
-
-
-def _embed_head(folder: Path, config: EncoderConfig) -> Head:
-    """The head that modules.json of a sentence-transformers folder describes; mean pooling where there is none."""
-    pooling, layers = "mean", []
-    modules = read_json(folder / "modules.json") if (folder / "modules.json").is_file() else []
-    for module in modules:
-        kind = str(module["type"]).split(".")[-1]
-        if kind == "Pooling":
-            pooling = _pooling(read_json(folder / module["path"] / "config.json"))
-        elif kind == "Dense":
-            layers.append(_projection(folder / module["path"]))
-        elif kind not in ("Transformer", "Normalize"):
-            raise RefusedCheckpoint(f"module {kind} in modules.json is not served; Pooling, Dense and Normalize are")
-    return Head(kind="embed", pooling=pooling, layers=tuple(layers), normalise=True)
-
-
-def _pooling(raw: dict[str, Any]) -> str:
-    # sentence-transformers 5.x writes {"pooling_mode": "mean"} beside or instead of the older flags.
-    chosen = [_POOLINGS.get(key, key) for key, on in raw.items() if key.startswith("pooling_mode_") and on is True]
-    chosen = chosen or [str(raw.get("pooling_mode", "mean"))]
-    if len(chosen) != 1 or chosen[0] not in _POOLINGS.values():
-        raise RefusedCheckpoint(f"pooling {' + '.join(chosen)} is not served; cls or mean is", param="pooling_mode")
-    return chosen[0]
-
-
-def _projection(folder: Path) -> Dense:
-    activation = str(read_json(folder / "config.json").get("activation_function", "Identity")).split(".")[-1]
-    if activation not in _DENSE_ACTIVATIONS:
-        raise RefusedCheckpoint(f"activation {activation} of {folder.name} is not served; Tanh or Identity is")
-    tensors = read_tensors(weight_files(folder))
-    return Dense(
-        weight=tensors["linear.weight"],
-        bias=tensors.get("linear.bias"),
-        activation=_DENSE_ACTIVATIONS[activation],
-    )
