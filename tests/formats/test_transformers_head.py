@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tests.formats.conftest import assert_equal_original
 from tests.tiny import tiny_backbone
 from vbert.config import MODEL_TYPES
-from vbert.errors import RefusedCheckpoint
+from vbert.errors import CorruptFile, RefusedCheckpoint
 from vbert.formats import read_backbone, read_tenant
 
 
@@ -56,7 +56,9 @@ def test_one_logit_reranks(tiny, tmp_path):
 
 def test_a_bare_encoder_with_other_pooling_embeds(tiny, tmp_path):
     folder = tiny_backbone("bert", tmp_path)
-    (folder / "modules.json").write_text(json.dumps([{"type": "sentence_transformers.models.Pooling", "path": "p"}]))
+    modules = [("Transformer", ""), ("Pooling", "p")]
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in modules]
+    (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "p").mkdir()
     (folder / "p" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
     assert assert_equal_original(tiny["bert"], folder).head.pooling == "cls"
@@ -84,11 +86,20 @@ def test_other_heads_are_refused_by_name(tiny, tmp_path):
         read_tenant(tmp_path / "c", tiny["bert"].backbone)
 
 
-def test_labels_in_another_number_are_refused(tiny, tmp_path):
+@pytest.mark.parametrize(
+    ("labels", "error", "text"),
+    [
+        ({"0": "a", "1": "b"}, RefusedCheckpoint, "names 2 labels and the head has 3 outputs, .* class 2"),
+        ({"0": "a", "2": "b", "3": "c"}, RefusedCheckpoint, "differ at class 1; name the classes 0 to 2"),
+        ({"zero": "a", "1": "b", "2": "c"}, CorruptFile, "id2label .*'zero'"),
+        (["a", "b", "c"], CorruptFile, r"id2label \['a', 'b', 'c'\]"),
+    ],
+)
+def test_labels_that_are_not_one_a_class(tiny, tmp_path, labels, error, text):
     save(tiny["bert"], tmp_path, "SequenceClassification", id2label={0: "a", 1: "b", 2: "c"})
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"id2label": {"0": "a", "1": "b"}}))
-    with pytest.raises(RefusedCheckpoint, match="names 2 labels and the head has 3 outputs"):
+    (tmp_path / "config.json").write_text(json.dumps(config | {"id2label": labels}))
+    with pytest.raises(error, match=text):
         read_tenant(tmp_path, tiny["bert"].backbone)
 
 

@@ -136,13 +136,21 @@ def _problem(config: Mapping[str, Any], width: int, kind: str) -> str:
 
 
 def _labels(config: Mapping[str, Any], width: int) -> tuple[str, ...]:
-    names = {int(i): str(label) for i, label in (config.get("id2label") or {}).items()}
-    if sorted(names) == list(range(width)):
+    stated = config.get("id2label") or {}
+    try:
+        names = {int(i): str(label) for i, label in stated.items()}
+    except (AttributeError, ValueError):
+        raise CorruptFile(
+            f'id2label {stated!r} in config.json is not {{"0": name, "1": name, ...}}; correct it', param="id2label"
+        ) from None
+    wrong = sorted(names.keys() ^ set(range(width)))
+    if not wrong:
         return tuple(names[i] for i in range(width))
-    # Every transformers config has two default labels; real names in another number are a mistake.
+    # Every transformers config has two default labels; real names for other classes are a mistake.
     if any(not re.fullmatch(r"LABEL_\d+", name) for name in names.values()):
         raise RefusedCheckpoint(
-            f"id2label in config.json names {len(names)} labels and the head has {width} outputs; correct it",
+            f"id2label in config.json names {len(names)} labels and the head has {width} outputs, and they "
+            f"differ at class {wrong[0]}; name the classes 0 to {width - 1}",
             param="id2label",
         )
     return tuple(f"LABEL_{i}" for i in range(width))
