@@ -139,18 +139,19 @@ def _tenants_commands(parser: argparse.ArgumentParser) -> None:
     activate = _command(commands, "activate", _activate, "serve another stored version", "NAME", "VERSION")
     rollback = _command(commands, "rollback", _rollback, "serve the version that was active before", "NAME")
     remove = _command(commands, "remove", _remove, "forget a tenant with all its versions", "NAME")
-    for each in (add, add_all):
+    inspect = _command(commands, "inspect", _inspect, "say what is in a checkpoint before it is added", "FOLDER")
+    check = _command(commands, "check", _check, "compare every file of a store with its checksum")
+    for each in (add, add_all, inspect):
         each.add_argument("--task", help="classify, token_classify, embed or rerank, if checkpoints leave it open")
+    for each in (add, add_all):
         each.add_argument("--no-activate", action="store_true", help="store versions, go on serving the present ones")
         add_flag(each, "backbone", required=True, help="transformers folder of the backbone", metavar="FOLDER")
+    add_flag(inspect, "backbone", help="say whether it fits this backbone, too", metavar="FOLDER")
+    add_flag(check, "store", required=True, help="folder of the tenant store", metavar="DIR")
     for each in (add, add_all, listing, show, versions, activate, rollback, remove):
         _target_flags(each)
     for each in (add, activate, rollback, remove):
         each.add_argument("--if-match", type=int, metavar="N", help="only if N is the active version; 0: none is")
-    inspect = _command(commands, "inspect", _inspect, "say what is in a checkpoint before it is added", "FOLDER")
-    add_flag(inspect, "backbone", help="say whether it fits this backbone, too", metavar="FOLDER")
-    check = _command(commands, "check", _check, "compare every file of a store with its checksum")
-    add_flag(check, "store", required=True, help="folder of the tenant store", metavar="DIR")
     for each in (inspect, check):
         _json_flag(each)
 
@@ -358,7 +359,8 @@ def _inspect(args: argparse.Namespace) -> int:
     """What `add` would refuse ends with exit code 2, too, after saying what is there."""
     from vbert.formats import inspect, read_backbone
 
-    report = inspect(Path(args.folder), read_backbone(args.backbone) if args.backbone else None)
+    backbone = read_backbone(args.backbone) if args.backbone else None
+    report = inspect(Path(args.folder), backbone, task=args.task)
     _print(report, as_json=args.json)
     return _complain("; ".join(report["refused"])) if report["refused"] else 0
 

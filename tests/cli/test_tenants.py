@@ -107,6 +107,17 @@ def test_inspect_says_what_is_there_before_it_is_added(vbert, ok, backbone, chec
     code, report, err = vbert("tenants", "inspect", checkpoints / "prefix", "--json")
     assert (code, report["format"], len(report["refused"])) == (2, "peft", 1)
     assert err.startswith("vbert: error: peft_type PREFIX_TUNING is not served")
+    code, report, _ = vbert("tenants", "inspect", checkpoints / "README.md", "--json")
+    assert code == 2
+    assert "README.md cannot be read" in report["refused"][0]
+
+
+def test_inspect_refuses_the_task_that_add_would(vbert, backbone, checkpoints):
+    command = ("tenants", "inspect", checkpoints / "peft", "--backbone", backbone.folder, "--json")
+    assert vbert(*command, "--task", "embed")[0] == 0
+    code, report, _ = vbert(*command, "--task", "classify")
+    assert code == 2
+    assert "FEATURE_EXTRACTION, not for classify" in report["refused"][0]
 
 
 def test_tables_for_people(ok, tmp_path, backbone, checkpoints):
@@ -149,7 +160,7 @@ def test_wrong_command_lines(refused, arguments, message):
     [
         ("../x", "intent.safetensors", "choose another name"),
         ("tiny-bert", "intent.safetensors", "is the name of the backbone"),
-        ("t", "missing", "config.json"),
+        ("t", "missing", "missing does not exist"),
         ("t", "prefix", "PREFIX_TUNING"),
         ("t", "cut.safetensors", "bytes"),
     ],

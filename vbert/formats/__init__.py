@@ -45,10 +45,12 @@ def read_tenant(path: Path | str, backbone: Backbone, *, task: str | None = None
 def locate_checkpoint(path: Path) -> tuple[Path, str]:
     """The checkpoint at a path and its format. PEFT saves an adapter with a name of its own in a folder below.
 
-    Raises: RefusedCheckpoint when nothing is there, or several adapters are.
+    Raises: RefusedCheckpoint when no checkpoint is there, or several adapters are.
     """
     if path.is_file():
         return path, "native"
+    if not path.is_dir():
+        raise RefusedCheckpoint(f"{path} does not exist; give a checkpoint's folder or file")
     if (path / CONFIG_FILE).is_file():
         return path, "peft" if "peft_type" in read_json(path / CONFIG_FILE) else "adapters"
     if (path / "config.json").is_file():

@@ -7,12 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from vbert.checkpoint import read_header
 from vbert.errors import VbertError
 from vbert.formats import adapterhub_folder, adapterhub_head, peft_folder
-from vbert.formats.tensors import is_set, malformed_is_corrupt, read_json
+from vbert.formats.tensors import is_set, malformed_is_corrupt, opened, read_json
 from vbert.layout import kind_of, pack
 from vbert.tenant import Head, TenantModule
 
@@ -34,7 +32,7 @@ def inspect_checkpoint(path: Path, format_name: str) -> dict[str, Any]:
         with malformed_is_corrupt(path):
             report["tensors"], report["parameters"] = _count(files)
             report |= _DETAILS[format_name](path)
-    except (VbertError, OSError, SafetensorError) as error:
+    except (VbertError, OSError) as error:
         report["refused"] = [str(error)]
     return report
 
@@ -66,10 +64,10 @@ def _describe_head(head: Head) -> dict[str, Any]:
 def _count(files: Iterable[Path]) -> tuple[int, int]:
     tensors = parameters = 0
     for file in files:
-        with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118
+        with opened(file) as header:
+            for key in header.keys():  # noqa: SIM118
                 size = 1
-                for side in opened.get_slice(key).get_shape():
+                for side in header.get_slice(key).get_shape():
                     size *= side
                 tensors, parameters = tensors + 1, parameters + size
     return tensors, parameters

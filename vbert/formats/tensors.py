@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vbert.errors import CorruptFile, RefusedCheckpoint
 
-__all__ = ["is_set", "malformed_is_corrupt", "read_json", "read_tensors", "tensor_keys", "weight_files"]
+__all__ = ["is_set", "malformed_is_corrupt", "opened", "read_json", "read_tensors", "tensor_keys", "weight_files"]
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -74,7 +74,7 @@ def read_tensors(files: list[Path], wanted: Callable[[str], bool] = lambda key: 
     """
     tensors: dict[str, Tensor] = {}
     for path in files:
-        with _opened(path) as file:
+        with opened(path) as file:
             tensors |= {key: file.get_tensor(key) for key in file.keys() if wanted(key)}  # noqa: SIM118
     return {key: _as_fp32(key, tensor) for key, tensor in tensors.items()}
 
@@ -83,13 +83,14 @@ def tensor_keys(files: list[Path]) -> list[str]:
     """The keys alone; no tensor is read. Raises: CorruptFile."""
     keys: list[str] = []
     for path in files:
-        with _opened(path) as file:
+        with opened(path) as file:
             keys += file.keys()
     return keys
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file. Raises: CorruptFile when it is none, or truncated."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
