@@ -107,7 +107,7 @@ def _train_flags(parser: argparse.ArgumentParser) -> None:
     from runtime.flags import add_flags
     from training.config import TrainConfig
 
-    parser.add_argument("name", metavar="NAME", help="tenant that the result is added to, by --store or --server")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="tenant of --store or --server; not needed with --out")
     parser.add_argument("--recipe", help="TOML file with settings; flags override them", metavar="FILE")
     add_flags(parser, TrainConfig)
     _target_flags(parser)
@@ -222,13 +222,17 @@ def _train(args: argparse.Namespace) -> None:
 
     from runtime.flags import given
     from training.train_peft import TrainConfig, read_recipe, run
+    from vbert.formats.transformers_folder import backbone_name
 
     settings = (read_recipe(args.recipe) if args.recipe else {}) | given(args, TrainConfig)
-    if not (any(_where(args)) or settings.get("out")):
-        raise _Wrong("the result has no place; give --store DIR, --server URL or --out FILE")
+    to_store = args.name is not None and any(_where(args))
+    if not to_store and (args.store or args.server or not settings.get("out")):
+        raise _Wrong("the result has no place; give NAME and --store DIR or --server URL, or give --out FILE")
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        store = stack.enter_context(_target(args, create=True)) if any(_where(args)) else None
         config = TrainConfig(**{"out": f"{folder}/tenant.safetensors"} | settings)
+        if to_store and config.backbone:
+            _check_name(args.name, backbone_name(Path(config.backbone)))
+        store = stack.enter_context(_target(args, create=True)) if to_store else None
         with _progress() as progress:
             report = asdict(run(config, progress=progress)) | {"path": settings.get("out")}
         if store is not None:
@@ -302,15 +306,20 @@ def _import(args: argparse.Namespace) -> int:
 
 def _native(name: str, path: Path, backbone: Backbone, task: str | None) -> bytes:
     """The native file of a checkpoint, checked. Names are checked first: a conversion may take a minute."""
-    from runtime.errors import InvalidTenantId
-    from runtime.store import check_tenant_id
     from vbert.formats.convert import check_native, to_native
 
-    if check_tenant_id(name) == backbone.name:
-        raise InvalidTenantId(f"{name!r} is the name of the backbone; choose another name")
+    _check_name(name, backbone.name)
     data = to_native(path, backbone, task=task)
     check_native(data, backbone)
     return data
+
+
+def _check_name(name: str, backbone_name: str) -> None:
+    from runtime.errors import InvalidTenantId
+    from runtime.store import check_tenant_id
+
+    if check_tenant_id(name) == backbone_name:
+        raise InvalidTenantId(f"{name!r} is the name of the backbone; choose another name")
 
 
 def _put(store: TenantStore | RemoteStore, name: str, data: bytes, **options: Any) -> dict[str, Any]:

@@ -61,7 +61,10 @@ def test_every_option_of_the_server_is_a_flag(vbert):
         (("serve", "--backbone", "x", "--store", "y", "--dtype", "int4"), "dtype is 'int4'"),
         (("serve", "--frobnicate"), "unrecognized arguments: --frobnicate"),
         (("train", "t", "--out", "x"), "backbone is not set"),
+        (("train", "--out", "x"), "backbone is not set"),
         (("train", "t", "--backbone", "x"), "the result has no place"),
+        (("train", "--backbone", "x", "--store", "y"), "give NAME"),
+        (("train", "--backbone", "x", "--store", "y", "--out", "z"), "give NAME"),
         (("train", "t", "--recipe", "/no/such.toml", "--out", "x"), "recipe /no/such.toml cannot be read"),
         (("bench", "frobnicate"), "benchmark 'frobnicate' is not one of"),
         (("keys", "a b"), "choose another"),
@@ -120,10 +123,16 @@ def test_train_adds_what_it_trained(ok, tmp_path, backbone):
     report = ok("train", *settings, "yesno", "--dev-share", 0.5, "--store", tmp_path / "store", "--json")
     assert (report["tenant"], report["version"], report["new"]) == ("yesno", 1, True)
     assert (report["labels"], report["path"]) == (["no", "yes"], None)
-    ok("train", "again", *settings, "--dev-share", 0.5, "--out", tmp_path / "out.safetensors")
+    ok("train", *settings, "--dev-share", 0.5, "--out", tmp_path / "out.safetensors")
     added = ok("tenants", "add", "again", tmp_path / "out.safetensors", "--backbone", backbone.folder, "--store",
                tmp_path / "store", "--json")  # fmt: skip
     assert added["digest"] == report["digest"]  # the same seed gives the same bytes
+
+
+@pytest.mark.parametrize(("name", "message"), [("../x", "choose another name"), ("tiny-bert", "the backbone")])
+def test_a_wrong_name_is_refused_before_training(refused, tmp_path, backbone, name, message):
+    settings = ("--backbone", backbone.folder, "--train", "/no/such/rows.jsonl", "--store", tmp_path / "store")
+    assert message in refused("train", name, *settings)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from vbert.formats.sentence_transformers import read_embed_head
 from vbert.formats.tensors import malformed_is_corrupt, read_json, read_tensors, weight_files
 from vbert.tenant import Head
 
-__all__ = ["Backbone", "fingerprint", "read_backbone", "read_config"]
+__all__ = ["Backbone", "backbone_name", "fingerprint", "read_backbone", "read_config"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -52,6 +52,12 @@ def read_backbone(folder: Path | str) -> Backbone:
         return _read(folder)
 
 
+def backbone_name(folder: Path) -> str:
+    """What config.json calls the model, else the folder's own name; read without the weights."""
+    path = str(read_json(folder / "config.json").get("_name_or_path") or "")
+    return path.rstrip("/").split("/")[-1] or folder.resolve().name
+
+
 def _read(folder: Path) -> Backbone:
     raw = read_json(folder / "config.json")
     model_type = _checked_model_type(raw)
@@ -61,11 +67,10 @@ def _read(folder: Path) -> Backbone:
     tensors = {_modern(key.removeprefix(prefix)): tensor for key, tensor in tensors.items()}
     config = read_config(raw, has_pooler="pooler.dense.weight" in tensors)
     weights = _named(config, tensors, folder)
-    name = str(raw.get("_name_or_path") or "").rstrip("/").split("/")[-1] or folder.resolve().name
     return Backbone(
         config=config,
         weights=weights,
-        name=name,
+        name=backbone_name(folder),
         embed_head=read_embed_head(folder, config.hidden_size),
         fingerprint=fingerprint(config, weights),
         folder=folder,
