@@ -396,11 +396,12 @@ def _progress() -> contextlib.AbstractContextManager[Progress]:
 
 
 def _print(value: Any, *, as_json: bool = False, columns: Sequence[str] = _COLUMNS) -> None:
-    """A dict or dataclass, or a list of them."""
+    """A dict or dataclass, or a list of them. What a list of tenants shows stands first in a single one, too."""
     from runtime.listing import record, table
 
     several = isinstance(value, list)
     values = [item if isinstance(item, dict) else asdict(item) for item in (value if several else [value])]
+    values = [{name: item[name] for name in _COLUMNS if name in item} | item for item in values]
     if as_json:
         print(json.dumps(values if several else values[0]))
     else:

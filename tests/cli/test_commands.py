@@ -163,7 +163,7 @@ def test_a_closed_pipe_is_quiet(tmp_path):
         facts = ModuleFacts(fingerprint="f", task="embed", labels=tuple(f"label {i}" for i in range(20_000)))
         store.put("t", b"x", facts)
     child = start("-m", "cli", "tenants", "show", "t", "--store", tmp_path / "store")
-    assert child.stdout.read(6) == "finger"
+    assert child.stdout.read(6) == "tenant"
     child.stdout.close()
     assert child.stderr.read() == ""
     child.stderr.close()

@@ -127,6 +127,7 @@ def test_tables_for_people(ok, tmp_path, backbone, checkpoints):
     assert header.split() == ["tenant", "version", "active", "task", "kinds", "bytes", "created"]
     assert row.split()[:5] == ["t", "1", "yes", "classify", "low_rank"]
     shown = dict(line.split(maxsplit=1) for line in ok("tenants", "show", "t", *where).splitlines())
+    assert list(shown)[:4] == ["tenant", "version", "active", "task"]
     assert shown["fingerprint"] == backbone.fingerprint
 
 
