@@ -24,6 +24,8 @@ _PATHS = ("backbone", "train", "dev", "test", "out")
 
 def _setting(default: Any, help_text: str, *, choices: tuple[str, ...] = (), at_least: float | None = None) -> Any:
     """A field with what `--help` says of it and what its value is checked against."""
+    if choices:
+        help_text += f" ({', '.join(choices)})"
     return field(default=default, metadata={"help": help_text, "choices": choices, "at_least": at_least})
 
 
