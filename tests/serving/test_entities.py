@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from runtime.entities import find_entities
-from vbert.tokenizer import Encoded
+from vbert.tokenizer import Encoded, Tokenizer
 
 
 def spans(labels, item="aa bb cc dd", words=None, offsets=None):
@@ -67,3 +69,44 @@ def test_a_space_before_a_word_is_not_part_of_it():
 def test_lists_of_words_give_word_positions():
     found = spans(["B-X", "O", "I-X", "O"], item=["New", "York", "is"], words=[0, 0, 1, 2])
     assert found == [("X", "New York")]
+
+
+@pytest.fixture(scope="module")
+def metaspace():
+    """As XLM-R and multilingual E5 have it: the space before a word belongs to its first piece, untrimmed."""
+    pieces = ["<s>", "</s>", "<unk>", "▁", "▁Alice", "▁met", "Z", "ürich", "北京", "市", "🚂", *"abcdefgé"]
+    backend = tokenizers.Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=2))
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    return Tokenizer(backend, vocab_size=len(pieces), has_types=False)
+
+
+def every_word(tokenizer, item):
+    """The entities of an input where each word begins one."""
+    (encoded,) = tokenizer.encode([item])
+    probabilities = np.tile(np.array([[0.1, 0.9]], np.float32), (len(encoded.token_ids), 1))
+    return find_entities(item, encoded, probabilities, ["O", "B-X"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Alice met Zürich.",
+        "  Alice   met\u3000Zürich",
+        "🚂🚂 met 👍🏽 Zürich",
+        "北京市 Zürich 我住在北京市",
+        "ﬁne ½ Ⅷ met",
+    ],
+)
+def test_metaspace_words_are_code_points_without_white_space(metaspace, text):
+    found = every_word(metaspace, text)
+    assert [entity.text for entity in found] == text.split()
+    assert all(text[entity.start : entity.end] == entity.text for entity in found)
+
+
+def test_metaspace_lists_of_words_count_words(metaspace):
+    words = ["Alice", "北京市", "e\u0301", "🚂🚂", "New Zürich"]
+    found = every_word(metaspace, words)
+    assert [(entity.start, entity.end, entity.text) for entity in found] == [(i, i + 1, w) for i, w in enumerate(words)]
