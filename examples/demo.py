@@ -12,12 +12,7 @@ import argparse
 import contextlib
 import io
 import json
-import os
 from pathlib import Path
-
-# Before torch is loaded. Beside a busy neighbour two threads that spin while they wait need 280 to 2,400 ms a step, two
-# that sleep 460 to 550 ms.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import cli
 from runtime.store import TenantStore

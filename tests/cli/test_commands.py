@@ -30,6 +30,22 @@ def test_help_imports_nothing_heavy():
     assert err == ""
 
 
+SPY = """
+import os, sys, cli
+class Spy:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            sys.exit(os.environ["OMP_WAIT_POLICY"])
+sys.meta_path.insert(0, Spy())
+cli.main(["train", "--help"])
+"""
+
+
+def test_train_says_how_threads_wait_before_torch_is_loaded():
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    assert start("-c", SPY, env=env).communicate(timeout=60) == ("", "PASSIVE\n")
+
+
 @pytest.mark.parametrize(
     "command", [(), ("serve",), ("tenants",), ("tenants", "add"), ("train",), ("bench",), ("keys",)]
 )
