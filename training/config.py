@@ -80,6 +80,10 @@ class TrainConfig:
         for name in ("lora_dropout", "head_dropout", "label_smoothing", "dev_share"):
             if getattr(self, name) >= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give a share below 1")
+        if self.seed >= 2**63:
+            raise ConfigError(f"seed is {self.seed}; give a number below 2**63", param="seed")
+        if not self.targets:
+            raise ConfigError("targets is empty; give linears, or method head to train no deltas", param="targets")
 
 
 def _check(name: str, value: Any, default: Any, rules: Any) -> None:

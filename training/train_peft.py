@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -90,6 +91,10 @@ def _check_paths(config: TrainConfig) -> None:
     for name in ("backbone", "train", "out"):
         if not getattr(config, name):
             raise ConfigError(f"{name} is not set; give it as a flag or in the recipe", param=name)
+    out = Path(config.out).absolute()
+    folder = next(parent for parent in out.parents if parent.exists())
+    if out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"out {config.out} cannot be written; give a file in a folder of yours", param="out")
 
 
 def _read(config: TrainConfig, backbone: Backbone) -> tuple[tuple[str, ...], dict[str, Dataset]]:
@@ -99,6 +104,10 @@ def _read(config: TrainConfig, backbone: Backbone) -> tuple[tuple[str, ...], dic
     """
     rows = read_rows(config.train, config.task)
     labels = ("score",) if config.task == "regression" else label_names(rows)
+    if config.task != "regression" and len(labels) < 2:
+        raise ConfigError(
+            f"{config.train} has one label, {labels[0]!r}, and there is nothing to learn; give rows of two"
+        )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
     num_dev = 0 if config.dev else _num_held_out(config, rows)
     num_train = min(config.max_train_rows or len(rows), len(rows) - num_dev)
@@ -123,6 +132,8 @@ def _num_held_out(config: TrainConfig, rows: list[Row]) -> int:
 def _device(config: TrainConfig) -> torch.device:
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is cuda and torch finds none; give cpu or auto", param="device")
     return torch.device(config.device)
 
 

@@ -177,3 +177,22 @@ def test_progress_is_told_to_the_end(make_config):
 def test_a_path_that_is_not_set_is_named(make_config, missing):
     with pytest.raises(ConfigError, match=f"{missing} is not set"):
         run(make_config(**{missing: ""}))
+
+
+def test_what_cannot_end_well_is_refused_before_it_begins(make_config, tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path, tmp_path / "file" / "t.safetensors"):
+        with pytest.raises(ConfigError, match="cannot be written"):
+            run(make_config(out=str(out)))
+    one = write_rows(tmp_path / "one.jsonl", [{"text": "the cat", "label": "a"}] * 8)
+    with pytest.raises(ConfigError, match="has one label, 'a'"):
+        run(make_config(train=one))
+    for wrong in ({"targets": ()}, {"seed": 2**63}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            make_config(**wrong)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_named(make_config):
+    with pytest.raises(ConfigError, match="device is cuda"):
+        run(make_config(device="cuda"))
