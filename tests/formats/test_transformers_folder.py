@@ -165,6 +165,8 @@ def test_truncated_file(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CorruptFile, match="cannot be read"):
         read_backbone(tmp_path)
+    with pytest.raises(RefusedCheckpoint, match=r"model\.safetensors has no config\.json; give a folder"):
+        read_backbone(path)
     path.unlink()
     with pytest.raises(RefusedCheckpoint, match=r"no model\.safetensors"):
         read_backbone(tmp_path)

@@ -171,7 +171,10 @@ class _Reader:
         if "weight" in parts:
             return Dense(weight=parts.pop("weight"), bias=parts.pop("bias", None))
         if is_saved(self.config, name):
-            raise CorruptFile(f"modules_to_save promises {path}.weight and the file has none; save the adapter again")
+            raise CorruptFile(
+                f"modules_to_save promises {path}.weight and the file has none; use the backbone it was trained on, or "
+                "save the adapter again"
+            )
         base = backbone_dense(self.backbone, path)
         change = self._change(path, name, base)
         return change.fold(base) if change else base

@@ -26,7 +26,7 @@ def read_json(path: Path) -> Any:
     """Raises: CorruptFile when the file is not JSON, RefusedCheckpoint when it is not there."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise RefusedCheckpoint(f"{path.parent} has no {path.name}; give a folder that has one") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CorruptFile(f"{path} is not JSON ({error}); write it again") from None
