@@ -40,8 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter complains when it flushes at exit
         return 141
-    except (_Wrong, OSError) as error:
+    except _Wrong as error:
         return _complain(str(error))
+    except OSError as error:
+        named = f"{error.filename}: {error.strerror}; check the path and its rights"
+        return _complain(named if error.filename else str(error))
     except Exception as error:
         from vbert.errors import VbertError
 
