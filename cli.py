@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from runtime.remote import RemoteStore
     from runtime.store import TenantStore
-    from training.progress import Progress
     from vbert.formats.transformers_folder import Backbone
 
 __all__ = ["main"]
@@ -40,11 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter complains when it flushes at exit
         return 141
-    except _Wrong as error:
-        return _complain(str(error))
-    except OSError as error:
-        named = f"{error.filename}: {error.strerror}; check the path and its rights"
-        return _complain(named if error.filename else str(error))
+    except (_Wrong, OSError) as error:
+        return _complain(f"{error}; check the path and its rights" if getattr(error, "filename", None) else str(error))
     except Exception as error:
         from vbert.errors import VbertError
 
@@ -88,10 +84,12 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _command(commands: Any, name: str, run: Callable[..., Any] | None, text: str, *names: str) -> Any:
-    """One sub-command with its positional arguments."""
+    """One sub-command with its positional arguments and --json."""
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:])
     for each in names:
         parser.add_argument(each.lower(), metavar=each, type=int if each == "VERSION" else str)
+    if run not in (None, _bench):  # benchmarks have their own
+        parser.add_argument("--json", action="store_true", help="print one JSON value")
     parser.set_defaults(run=run)
     return parser
 
@@ -103,7 +101,6 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
 
     add_flags(parser, EngineConfig)
     add_flags(parser, HttpConfig)
-    _json_flag(parser)
 
 
 def _train_flags(parser: argparse.ArgumentParser) -> None:
@@ -129,7 +126,6 @@ def _keys_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scopes", default="infer", help="of infer, admin, metrics (default: infer)", metavar="A,B")
     parser.add_argument("--tenants", default="*", help="patterns of the tenants it may use (default: *)", metavar="A,B")
     parser.add_argument("--file", help="append the key, hashed, to this file", metavar="FILE")
-    _json_flag(parser)
 
 
 def _tenants_commands(parser: argparse.ArgumentParser) -> None:
@@ -140,8 +136,8 @@ def _tenants_commands(parser: argparse.ArgumentParser) -> None:
     add = _command(commands, "add", _add, text, "NAME", "FOLDER")
     add_all = _command(commands, "import", _import, "add every checkpoint in DIR under its own name", "DIR")
     listing = _command(commands, "list", _list, "list the active version of every tenant")
-    show = _command(commands, "show", _show, "show all that is known of a tenant's active version", "NAME")
-    versions = _command(commands, "versions", _versions, "list the versions of a tenant, oldest first", "NAME")
+    show = _command(commands, "show", _tell("get"), "show all that is known of a tenant's active version", "NAME")
+    versions = _command(commands, "versions", _tell("versions"), "list the versions of a tenant, oldest first", "NAME")
     activate = _command(commands, "activate", _activate, "serve another stored version", "NAME", "VERSION")
     rollback = _command(commands, "rollback", _rollback, "serve the version that was active before", "NAME")
     remove = _command(commands, "remove", _remove, "forget a tenant with all its versions", "NAME")
@@ -158,8 +154,6 @@ def _tenants_commands(parser: argparse.ArgumentParser) -> None:
         _target_flags(each)
     for each in (add, activate, rollback, remove):
         each.add_argument("--if-match", type=int, metavar="N", help="only if N is the active version; 0: none is")
-    for each in (inspect, check):
-        _json_flag(each)
 
 
 def _target_flags(parser: argparse.ArgumentParser) -> None:
@@ -169,11 +163,6 @@ def _target_flags(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--store", help="folder of the tenant store", metavar="DIR")
     where.add_argument("--server", help="address of a server, such as http://127.0.0.1:8080", metavar="URL")
     add_flag(parser, "key", default="", help="API key of scope admin; other users of the machine do not see VBERT_KEY")
-    _json_flag(parser)
-
-
-def _json_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON value")
 
 
 @contextlib.contextmanager
@@ -227,6 +216,7 @@ def _train(args: argparse.Namespace) -> None:
     import tempfile
 
     from runtime.flags import given
+    from training.progress import progress_bar
     from training.train_peft import TrainConfig, read_recipe, run
     from vbert.formats.transformers_folder import backbone_name
 
@@ -239,7 +229,7 @@ def _train(args: argparse.Namespace) -> None:
         if to_store and config.backbone:
             _check_name(args.name, backbone_name(Path(config.backbone)))
         store = stack.enter_context(_target(args, create=True)) if to_store else None
-        with _progress() as progress:
+        with progress_bar() as progress:
             report = asdict(run(config, progress=progress)) | {"path": settings.get("out")}
         if store is not None:
             report |= _put(store, args.name, Path(config.out).read_bytes())
@@ -285,13 +275,14 @@ def _add(args: argparse.Namespace) -> None:
 
 def _import(args: argparse.Namespace) -> int:
     """Refused checkpoints are listed at the end; the others are added. Running it again adds nothing twice."""
+    from training.progress import progress_bar
     from vbert.errors import VbertError
     from vbert.formats import read_backbone
 
     paths = [path for path in sorted(Path(args.dir).iterdir()) if path.is_dir() or path.suffix == ".safetensors"]
     added: list[dict[str, Any]] = []
     refused: list[dict[str, Any]] = []
-    with _target(args, create=True) as store, _progress() as progress:
+    with _target(args, create=True) as store, progress_bar() as progress:
         backbone = read_backbone(args.backbone)
         for done, path in enumerate(paths, 1):
             name = path.name.removesuffix(".safetensors")
@@ -344,14 +335,14 @@ def _list(args: argparse.Namespace) -> None:
     _print(found, as_json=args.json)
 
 
-def _show(args: argparse.Namespace) -> None:
-    with _target(args) as store:
-        _print(store.get(args.name), as_json=args.json)
+def _tell(method: str) -> Callable[[argparse.Namespace], None]:
+    """The command that prints what a method of the store says of one tenant."""
 
+    def tell(args: argparse.Namespace) -> None:
+        with _target(args) as store:
+            _print(getattr(store, method)(args.name), as_json=args.json)
 
-def _versions(args: argparse.Namespace) -> None:
-    with _target(args) as store:
-        _print(store.versions(args.name), as_json=args.json)
+    return tell
 
 
 def _activate(args: argparse.Namespace) -> None:
@@ -374,17 +365,18 @@ def _inspect(args: argparse.Namespace) -> int:
     """What `add` would refuse ends with exit code 2, too, after saying what is there."""
     from vbert.formats import inspect, read_backbone
 
-    backbone = read_backbone(args.backbone) if args.backbone else None
-    report = inspect(Path(args.folder), backbone, task=args.task)
+    report = inspect(Path(args.folder), read_backbone(args.backbone) if args.backbone else None, task=args.task)
     _print(report, as_json=args.json)
     return _complain("; ".join(report["refused"])) if report["refused"] else 0
 
 
 def _check(args: argparse.Namespace) -> None:
     from runtime.store import TenantStore
+    from training.progress import progress_bar
 
-    with TenantStore(args.store, create=False) as store, _progress() as progress:
-        num_blobs = store.check(lambda done, total: progress("checking", done, total))
+    with TenantStore(args.store, create=False) as store:
+        with progress_bar() as progress:
+            num_blobs = store.check(lambda done, total: progress("checking", done, total))
         _print({"store": args.store, "blobs": num_blobs, "num_bytes": store.num_bytes()}, as_json=args.json)
 
 
@@ -393,12 +385,6 @@ def _complain(message: str) -> int:
 
     print("vbert: error:", printable(" ".join(message.split())), file=sys.stderr)
     return 2
-
-
-def _progress() -> contextlib.AbstractContextManager[Progress]:
-    from training.progress import progress_bar, silent
-
-    return progress_bar() if sys.stderr.isatty() else contextlib.nullcontext(silent)
 
 
 def _print(value: Any, *, as_json: bool = False, columns: Sequence[str] = _COLUMNS) -> None:

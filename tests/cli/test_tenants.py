@@ -146,7 +146,7 @@ def test_tables_for_people(ok, tmp_path, backbone, checkpoints):
         (("list", "--server", "http://127.0.0.1:1", "--key", "a\nb"), "the key has characters"),
         (("add", "t", "--backbone", "x", "--store", "y"), "required: FOLDER"),
         (("add", "t", "x", "--store", "y"), "required: --backbone"),
-        (("import", "/no/such/folder", "--backbone", "x", "--store", "y"), "No such file or directory; check the path"),
+        (("import", "/no/such/folder", "--backbone", "x", "--store", "y"), "'/no/such/folder'; check the path"),
         (("activate", "t", "one", "--store", "y"), "invalid int value: 'one'"),
         ((), "required: COMMAND"),
         (("frobnicate",), "invalid choice"),
