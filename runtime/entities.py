@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -41,7 +42,7 @@ def find_entities(
     best = probabilities.argmax(axis=1)
     spans: list[_Span] = []
     previous_word = -2
-    for word, start, end, token in _words(item, encoded):
+    for word, (start, end, token) in enumerate(_words(item, encoded)):
         prefix, kind = _split(labels[best[token]])
         score = float(probabilities[token, best[token]])
         last = spans[-1] if spans and previous_word == word - 1 else None
@@ -56,25 +57,32 @@ def find_entities(
     return tuple(_entity(item, span) for span in spans)
 
 
-def _words(item: Input, encoded: Encoded) -> Iterator[tuple[int, int, int, int]]:
-    """(word, start, end, first token) of each word that has tokens, numbered by its place among them."""
+def _words(item: Input, encoded: Encoded) -> Iterator[tuple[int, int, int]]:
+    """(start, end, first token) of each word that has tokens. Words of white space alone, which some tokenizers make
+    at the end of a text, are left out."""
     firsts = [i for i, w in enumerate(encoded.word_ids) if w is not None and (i == 0 or encoded.word_ids[i - 1] != w)]
-    for number, first in enumerate(firsts):
+    for first in firsts:
         word = encoded.word_ids[first]
         assert word is not None
         if not isinstance(item, str):
-            yield number, word, word + 1, first
+            yield word, word + 1, first
             continue
         last = first
         while last + 1 < len(encoded.word_ids) and encoded.word_ids[last + 1] == word:
             last += 1
-        yield number, *_trimmed(item, encoded.offsets[first][0], encoded.offsets[last][1]), first
+        start, end = _trimmed(item, encoded.offsets[first][0], encoded.offsets[last][1])
+        if start < end:
+            yield start, end, first
 
 
 def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
-    """Some tokenizers count the space before a word as part of it."""
+    """Some tokenizers count the space before a word as part of it, and leave a mark that they strip from its last
+    letter, or compose with it, outside."""
     piece = text[start:end]
-    return end - len(piece.lstrip()), start + len(piece.rstrip())
+    start, end = end - len(piece.lstrip()), start + len(piece.rstrip())
+    while start < end < len(text) and unicodedata.combining(text[end]):
+        end += 1
+    return start, end
 
 
 def _split(label: str) -> tuple[str, str | None]:

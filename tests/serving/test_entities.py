@@ -94,6 +94,9 @@ def every_word(tokenizer, item):
     "text",
     [
         "Alice met Zürich.",
+        "Alice met \n",
+        " ",
+        "caf\u00e9 cafe\u0301 a\u0308b\u0308 met",
         "  Alice   met\u3000Zürich",
         "🚂🚂 met 👍🏽 Zürich",
         "北京市 Zürich 我住在北京市",
@@ -110,3 +113,11 @@ def test_metaspace_lists_of_words_count_words(metaspace):
     words = ["Alice", "北京市", "e\u0301", "🚂🚂", "New Zürich"]
     found = every_word(metaspace, words)
     assert [(entity.start, entity.end, entity.text) for entity in found] == [(i, i + 1, w) for i, w in enumerate(words)]
+
+
+def test_white_space_between_two_words_does_not_part_them(metaspace):
+    (encoded,) = metaspace.encode(["Alice\n \nmet"])
+    probabilities = np.tile(np.array([[0.1, 0.9]], np.float32), (len(encoded.token_ids), 1))
+    assert [entity.text for entity in find_entities("Alice\n \nmet", encoded, probabilities, ["O", "I-X"])] == [
+        "Alice\n \nmet"
+    ]
