@@ -139,7 +139,7 @@ def _tenants_commands(parser: argparse.ArgumentParser) -> None:
     show = _command(commands, "show", _tell("get"), "show all that is known of a tenant's active version", "NAME")
     versions = _command(commands, "versions", _tell("versions"), "list the versions of a tenant, oldest first", "NAME")
     activate = _command(commands, "activate", _activate, "serve another stored version", "NAME", "VERSION")
-    rollback = _command(commands, "rollback", _rollback, "serve the version that was active before", "NAME")
+    rollback = _command(commands, "rollback", _tell("rollback"), "serve the version that was active before", "NAME")
     remove = _command(commands, "remove", _remove, "forget a tenant with all its versions", "NAME")
     inspect = _command(commands, "inspect", _inspect, "say what is in a checkpoint before it is added", "FOLDER")
     check = _command(commands, "check", _check, "compare every file of a store with its checksum")
@@ -339,8 +339,9 @@ def _tell(method: str) -> Callable[[argparse.Namespace], None]:
     """The command that prints what a method of the store says of one tenant."""
 
     def tell(args: argparse.Namespace) -> None:
+        terms = {"if_match": args.if_match} if "if_match" in args else {}
         with _target(args) as store:
-            _print(getattr(store, method)(args.name), as_json=args.json)
+            _print(getattr(store, method)(args.name, **terms), as_json=args.json)
 
     return tell
 
@@ -348,11 +349,6 @@ def _tell(method: str) -> Callable[[argparse.Namespace], None]:
 def _activate(args: argparse.Namespace) -> None:
     with _target(args) as store:
         _print(store.activate(args.name, args.version, if_match=args.if_match), as_json=args.json)
-
-
-def _rollback(args: argparse.Namespace) -> None:
-    with _target(args) as store:
-        _print(store.rollback(args.name, if_match=args.if_match), as_json=args.json)
 
 
 def _remove(args: argparse.Namespace) -> None:
