@@ -2,8 +2,9 @@
 
 64 requests that are there at once, for 1, 4, 16 and 64 distinct LoRA tenants (r 8 on query and value) and for a mix of
 all kinds, all 32 tokens long or with the lengths of real text; against the bare backbone in `transformers`, a PEFT
-mixed batch, PEFT one tenant after the other, and `adapters` BatchSplit. All run in this process, interleaved, after
-their answers were compared: no number without the right answer.
+mixed batch, PEFT one tenant after the other, and `adapters` BatchSplit. All run in one thread, interleaved, after
+their answers were compared: no number without the right answer. The engine, which has a compute thread of its own, is
+measured after them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from vbert.errors import SelfTestFailed
 from vbert.formats.transformers_folder import Backbone, read_backbone
 from vbert.model import Model
 from vbert.reference import dense_forward
+from vbert.tenant import TenantModule
 
 __all__ = ["main"]
 
@@ -86,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows += _measure(cell, args, lambda: bar.advance(task))
     result = {
         "benchmark": "multitenant",
-        "machine": describe() | neighbours.report(),
+        "machine": describe() | {"torch_threads": args.threads} | neighbours.report(),
         "commit": commit(),
         "config": {"seed": args.seed, "rounds": args.rounds, "skipped": _skipped(args)},
         "rows": rows,
@@ -129,23 +131,55 @@ def _skipped(args: argparse.Namespace) -> list[str]:
 
 
 def _measure(cell: Cell, args: argparse.Namespace, tick: Callable[[], None]) -> list[dict[str, Any]]:
-    torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-        folder = write_backbone(cell.shape, Path(scratch) / "backbone", seed=args.seed)
-        backbone = read_backbone(folder)
-        setting = Setting(folder, backbone, Model.load(backbone, cell.dtype), Path(scratch), args)
-        requests = make_requests(
-            args.requests,
-            args.requests if cell.tenants == "mix" else int(cell.tenants),
-            cell.lengths,
-            vocab_size=backbone.config.vocab_size,
-            seed=args.seed,
+    """OpenMP has a pool for every thread that computes, and with more pool threads than cores none of them waits awake:
+    every operator then begins later. So there is one at a time, as in a server."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(args.threads,)) as lane:
+            rows, modules, requests, expected = lane.submit(_interleaved, cell, args, Path(scratch), tick).result()
+        if args.systems and "vbert engine" not in args.systems:
+            return rows
+        config = EngineConfig(
+            backbone=str(Path(scratch) / "backbone"),
+            store=str(Path(scratch) / "store"),
+            dtype=cell.dtype,
+            compute_threads=args.threads,
+            default_deadline_s=600.0,  # the first round loads all tenants
         )
-        make = _mix_systems if cell.tenants == "mix" else _lora_systems
-        systems, expected = make(setting, cell, requests, stack)
-        systems = {name: run for name, run in systems.items() if not args.systems or name in args.systems}
-        differences = _check(systems, expected, cell.dtype)
-        timings = interleave(systems, rounds=args.rounds, warmup=args.warmup, tick=tick)
+        with ours.InEngine(config, modules, requests) as engine:
+            return rows + _timed({"vbert engine": engine}, expected, cell, requests, args, lambda: None)
+
+
+def _interleaved(
+    cell: Cell, args: argparse.Namespace, scratch: Path, tick: Callable[[], None]
+) -> tuple[list[dict[str, Any]], Sequence[TenantModule], Requests, dict[str, Tensor]]:
+    """Rows of all systems but the engine; and what the engine needs: modules, requests, and the right answers."""
+    folder = write_backbone(cell.shape, scratch / "backbone", seed=args.seed)
+    backbone = read_backbone(folder)
+    setting = Setting(folder, backbone, Model.load(backbone, cell.dtype), scratch, args)
+    requests = make_requests(
+        args.requests,
+        args.requests if cell.tenants == "mix" else int(cell.tenants),
+        cell.lengths,
+        vocab_size=backbone.config.vocab_size,
+        seed=args.seed,
+    )
+    make = _mix_systems if cell.tenants == "mix" else _lora_systems
+    systems, expected, modules = make(setting, cell, requests)
+    systems = {name: run for name, run in systems.items() if not args.systems or name in args.systems}
+    return _timed(systems, expected, cell, requests, args, tick), modules, requests, expected
+
+
+def _timed(
+    systems: Mapping[str, peers.System],
+    expected: Mapping[str, Tensor],
+    cell: Cell,
+    requests: Requests,
+    args: argparse.Namespace,
+    tick: Callable[[], None],
+) -> list[dict[str, Any]]:
+    differences = _check(systems, expected, cell.dtype)
+    timings = interleave(systems, rounds=args.rounds, warmup=args.warmup, tick=tick)
     return [
         {"system": name}
         | cell.parameters(requests)
@@ -155,10 +189,11 @@ def _measure(cell: Cell, args: argparse.Namespace, tick: Callable[[], None]) -> 
     ]
 
 
-def _lora_systems(
-    setting: Setting, cell: Cell, requests: Requests, stack: ExitStack
-) -> tuple[dict[str, peers.System], dict[str, Tensor]]:
-    """All systems of a cell with LoRA tenants, and what they must answer: PEFT one by one, in float32."""
+_Made = tuple[dict[str, peers.System], dict[str, Tensor], list[TenantModule]]
+
+
+def _lora_systems(setting: Setting, cell: Cell, requests: Requests) -> _Made:
+    """Systems of a cell with LoRA tenants, what they must answer (PEFT one by one, in float32), and the tenants."""
     num, args = int(cell.tenants), setting.args
     truth = peers.random_peft(setting.folder, num, torch.float32, seed=args.seed)
     expected = {"lora": peers.PeftOneByOne(truth, requests, 1)()}
@@ -179,12 +214,10 @@ def _lora_systems(
     wanted = {name: make for name, make in padded.items() if not args.systems or name in args.systems}
     systems: dict[str, peers.System] = {name: _at_its_best(make, len(requests)) for name, make in wanted.items()}
     modules = ours.with_self_tests(modules, requests, expected["lora"])
-    return systems | _our_systems(setting, cell, modules, requests, stack), expected
+    return systems | _our_systems(setting, modules, requests), expected, modules
 
 
-def _mix_systems(
-    setting: Setting, cell: Cell, requests: Requests, stack: ExitStack
-) -> tuple[dict[str, peers.System], dict[str, Tensor]]:
+def _mix_systems(setting: Setting, cell: Cell, requests: Requests) -> _Made:
     """Ours alone: no peer serves all kinds in one batch. The answers must be those of the dense reference."""
     modules = ours.mixed_modules(setting.backbone, len(requests), seed=setting.args.seed)
     pairs = list(zip(requests.token_ids, requests.tenants, strict=True))
@@ -193,25 +226,14 @@ def _mix_systems(
         "bare": torch.stack([dense_forward(setting.backbone, None, ids, [0] * len(ids)) for ids, _ in pairs]),
     }
     modules = ours.with_self_tests(modules, requests, expected["lora"])
-    return _our_systems(setting, cell, modules, requests, stack), expected
+    return _our_systems(setting, modules, requests), expected, modules
 
 
-def _our_systems(
-    setting: Setting, cell: Cell, modules: Sequence[Any], requests: Requests, stack: ExitStack
-) -> dict[str, peers.System]:
+def _our_systems(setting: Setting, modules: Sequence[TenantModule], requests: Requests) -> dict[str, peers.System]:
     resident = ours.load(setting.model, setting.backbone, modules, setting.scratch)
-    config = EngineConfig(
-        backbone=str(setting.folder),
-        store=str(setting.scratch / "store"),
-        dtype=cell.dtype,
-        compute_threads=setting.args.threads,
-        default_deadline_s=600.0,  # the first round loads all tenants
-    )
-    engine = stack.enter_context(ours.InEngine(config, modules, requests))
     return {
         "vbert": ours.Packed(setting.model, resident, requests),
         "vbert without modules": ours.Packed(setting.model, None, requests),
-        "vbert engine": engine,
     }
 
 
