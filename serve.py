@@ -27,6 +27,7 @@ from runtime.http.config import HttpConfig
 from runtime.http.metrics import HttpMetrics
 from runtime.http.openapi import openapi_document
 from runtime.http.protocol import json_protocol, make_runner
+from runtime.lanes import use_one_heap
 from vbert.errors import ConfigError, VbertError
 
 __all__ = ["HttpConfig", "accepting", "bind", "create_app", "main", "make_key", "run", "serve"]
@@ -97,6 +98,7 @@ async def accepting(app: web.Application, listening: socket.socket) -> AsyncIter
 
 def run(engine_config: EngineConfig, config: HttpConfig, *, on_ready: Callable[[str], None] | None = None) -> None:
     """`serve` in an event loop of its own."""
+    use_one_heap()
     uvloop.run(serve(engine_config, config, on_ready=on_ready))
 
 

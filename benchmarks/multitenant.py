@@ -28,6 +28,7 @@ from benchmarks.report import output_flags, publish
 from benchmarks.timing import best_of, interleave
 from benchmarks.workload import LENGTHS, SHAPES, Requests, make_requests, write_backbone
 from runtime import EngineConfig
+from runtime.lanes import use_one_heap
 from vbert.errors import SelfTestFailed
 from vbert.formats.transformers_folder import Backbone, read_backbone
 from vbert.model import Model
@@ -78,6 +79,7 @@ class Setting:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
+    use_one_heap()  # as the server does; the peers gain as much
     neighbours = Neighbours()
     grid = list(_grid(args))
     with Progress(console=_console, transient=True) as bar:

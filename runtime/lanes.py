@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Lanes", "usable_cores"]
+__all__ = ["Lanes", "usable_cores", "use_one_heap"]
+
+_M_ARENA_MAX = -8  # of malloc.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,16 @@ class Lanes:
         """Finish what was begun, then end. Callers see to it that nothing new comes."""
         for lane in (self.imports, self.tokenizer, self.loader, self.compute, self.store):
             lane.shutdown(wait=True)
+
+
+def use_one_heap() -> None:
+    """Let threads that begin from now on share the heap of the main thread. For a process that is a server.
+
+    glibc gives every thread a heap of its own and returns what is free in it at once, so that a compute thread gets its
+    memory anew, page fault by page fault, in every forward. Another C library does nothing here.
+    """
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def usable_cores() -> int:
