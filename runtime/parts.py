@@ -10,6 +10,7 @@ from runtime.store import TenantStore
 from vbert.arena import Arena
 from vbert.errors import ConfigError, UnknownTenant
 from vbert.formats.transformers_folder import Backbone, read_backbone
+from vbert.kernels.warm_up import warm_up
 from vbert.model import Model
 from vbert.selftest import make_self_tests
 from vbert.tenant import SelfTest
@@ -64,6 +65,7 @@ def load_parts(config: EngineConfig) -> Parts:
     backbone = read_backbone(config.backbone)
     tokenizer = Tokenizer.load(config.backbone, backbone.config)
     model = Model.load(backbone, config.dtype, config.device)
+    warm_up(model.dtype)  # else the first tenant of a kind would hold up everybody's batches
     store = TenantStore(config.store, max_bytes=config.max_store_bytes or None)
     parts = Parts(
         name=config.name or backbone.name,
