@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -64,21 +64,20 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def multitenant_headline() -> str:
-    """64 tenants and the mix of kinds: requests/s of ours and of the peers, and the ratios."""
-    return _by_shape(_headline_of)
+    """64 tenants: requests/s of ours and of the peers, and the ratios; one table, the newest result of each shape."""
+    header = ["shape", "dtype", "lengths", "bare backbone", "PEFT mixed batch", "PEFT one by one", "**vbert**"]
+    newest = _newest_by_shape()
+    places = "".join(f"{result['rows'][0]['shape']}: {_where(result)}" for result in newest)
+    body = [row for result in newest for row in _headline_rows(result)]
+    return places + markdown([*header, "to bare", "to PEFT mixed"], body)
 
 
-def _headline_of(result: Mapping[str, Any]) -> str:
-    body = []
-    for cell, systems in _cells(result["rows"]):
-        shape, dtype, lengths, tenants = cell
+def _headline_rows(result: Mapping[str, Any]) -> Iterator[list[object]]:
+    for (shape, dtype, lengths, tenants), systems in _cells(result["rows"]):
         if tenants == 64:
             speed = {name: row["requests_per_s"] for name, row in systems.items()}
             numbers = [_number(speed.get(name)) for name in (_BARE, _MIXED, "peft one by one", _OURS)]
-            ratios = [_ratio(speed, _OURS, peer) for peer in (_BARE, _MIXED)]
-            body.append([shape, dtype, lengths, *numbers, *ratios])
-    header = ["shape", "dtype", "lengths", "bare backbone", "PEFT mixed batch", "PEFT one by one", "**vbert**"]
-    return _where(result) + markdown([*header, "to bare", "to PEFT mixed"], body)
+            yield [shape, dtype, lengths, *numbers, *(_ratio(speed, _OURS, peer) for peer in (_BARE, _MIXED))]
 
 
 def multitenant() -> str:
@@ -87,12 +86,16 @@ def multitenant() -> str:
 
 
 def _by_shape(table: Callable[[Mapping[str, Any]], str]) -> str:
-    """The table of each shape, of the newest result that has it."""
+    return "\n\n".join(table(result) for result in _newest_by_shape())
+
+
+def _newest_by_shape() -> list[dict[str, Any]]:
+    """The newest result of each shape, with the rows of that shape."""
     newest: dict[str, dict[str, Any]] = {}
     for result in results("multitenant"):
         for shape in {row["shape"] for row in result["rows"]}:
             newest[shape] = result | {"rows": [row for row in result["rows"] if row["shape"] == shape]}
-    return "\n\n".join(table(newest[shape]) for shape in sorted(newest))
+    return [newest[shape] for shape in sorted(newest)]
 
 
 def _rows_of(result: Mapping[str, Any]) -> str:
