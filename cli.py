@@ -321,7 +321,7 @@ def _check_name(name: str, backbone_name: str) -> None:
 
 def _put(store: TenantStore | RemoteStore, name: str, data: bytes, **options: Any) -> dict[str, Any]:
     from runtime.store import ModuleFacts
-    from vbert.checkpoint import parse_header
+    from vbert.header import parse_header
 
     version, created = store.put(name, data, ModuleFacts.of(parse_header(data)), **options)
     return asdict(version) | {"new": created}

@@ -35,9 +35,10 @@ from benchmarks.serving import BACKBONE, texts
 from benchmarks.workload import SHAPES, write_backbone
 from runtime import Engine, EngineConfig
 from vbert.arena import Arena
-from vbert.checkpoint import parse_header, write_tenant
+from vbert.checkpoint import write_tenant
 from vbert.errors import ConfigError
 from vbert.formats.transformers_folder import Backbone, read_backbone
+from vbert.header import parse_header
 from vbert.model import resolve_dtype
 from vbert.reference import dense_forward
 from vbert.tenant import SelfTest, TenantModule

@@ -17,9 +17,10 @@ from benchmarks.workload import Requests
 from runtime import Engine, EngineConfig
 from tests.random_tenants import Factory
 from vbert.arena import Arena, ResidentTenant
-from vbert.checkpoint import parse_header, write_tenant
+from vbert.checkpoint import write_tenant
 from vbert.formats import read_tenant
 from vbert.formats.transformers_folder import Backbone
+from vbert.header import parse_header
 from vbert.model import Model, SequenceInput
 from vbert.tenant import SelfTest, TenantModule
 

@@ -31,7 +31,7 @@ from runtime.in_use import InUse
 from vbert.errors import BadRequest, ConfigError, CorruptFile, UnknownTenant
 
 if TYPE_CHECKING:  # importing it loads torch, which a listing does not need
-    from vbert.checkpoint import TenantHeader
+    from vbert.header import TenantHeader
 
 __all__ = ["ModuleFacts", "TenantStore", "TenantVersion", "Upload", "check_tenant_id"]
 

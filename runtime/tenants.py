@@ -16,10 +16,11 @@ from runtime.errors import Draining, InvalidTenantId, ModuleTooLarge, RequestToo
 from runtime.lanes import Lanes
 from runtime.store import ModuleFacts, TenantStore, TenantVersion, check_tenant_id
 from vbert.arena import Arena
-from vbert.checkpoint import TenantHeader, check_sparse, load_tensors, parse_header, write_tenant
+from vbert.checkpoint import check_sparse, load_tensors, write_tenant
 from vbert.formats import read_tenant
 from vbert.formats.original import self_tests
 from vbert.formats.transformers_folder import Backbone
+from vbert.header import TenantHeader, parse_header
 
 __all__ = ["Tenants"]
 

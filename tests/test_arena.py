@@ -8,9 +8,10 @@ import torch
 from tests.random_tenants import Factory
 from tests.tiny import tiny_backbone
 from vbert.arena import Arena
-from vbert.checkpoint import parse_header, write_tenant
+from vbert.checkpoint import write_tenant
 from vbert.errors import ShapeError, WrongBackbone
 from vbert.formats.transformers_folder import read_backbone
+from vbert.header import parse_header
 
 
 @pytest.fixture(scope="module")

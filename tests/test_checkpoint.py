@@ -9,9 +9,10 @@ from safetensors.torch import load, save
 from tests.random_tenants import DELTA_KINDS, HEADS, Factory
 from tests.tiny import tiny_backbone
 from vbert.arena import Arena
-from vbert.checkpoint import parse_header, read_header, read_tenant_bytes, write_tenant
+from vbert.checkpoint import read_tenant_bytes, write_tenant
 from vbert.errors import CorruptFile, ShapeError, WrongBackbone
 from vbert.formats.transformers_folder import read_backbone
+from vbert.header import parse_header, read_header
 from vbert.layout import kind_of
 from vbert.tenant import SelfTest
 

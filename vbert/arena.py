@@ -17,10 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vbert.checkpoint import TenantHeader, check_sparse, load_tensors, parse_header, read_head, read_self_tests
+from vbert.checkpoint import check_sparse, read_head, read_self_tests
 from vbert.config import EncoderConfig
 from vbert.errors import CorruptFile, ShapeError
+from vbert.header import TenantHeader
 from vbert.layout import SlotLayout
+from vbert.slot_file import read_into
 from vbert.tenant import Head, SelfTest
 
 __all__ = ["Arena", "ArenaClass", "Reservation", "ResidentTenant"]
@@ -74,13 +76,25 @@ class ArenaClass:
                 memory.madvise(mmap.MADV_DONTNEED, first, last - first)
         heapq.heappush(self._free, slot)
 
-    def fill(self, slot: int, layout: SlotLayout, tensors: Mapping[str, Tensor]) -> None:
-        """Copy a native file's tensors into the slot. `layout` is the file's; a sparse one may be shorter."""
-        self.values[slot, : layout.numel].copy_(tensors[f"delta.{layout.kind}"])
+    def memory(self, slot: int, layout: SlotLayout) -> dict[str, Tensor]:
+        """The memory of a slot, by the names of a native file's tensors. A sparse file may be shorter than the slot."""
+        parts = {f"delta.{layout.kind}": self.values[slot, : layout.numel]}
         if self.columns is not None and self.row_starts is not None:
-            self.columns[slot, : layout.numel].copy_(tensors["delta.sparse.columns"])
-            offsets = [torch.full((int(e.variant) + 1,), e.offset, dtype=torch.int32) for e in layout.entries]
-            torch.add(tensors["delta.sparse.row_starts"], torch.cat(offsets), out=self.row_starts[slot])
+            parts["delta.sparse.columns"] = self.columns[slot, : layout.numel]
+            parts["delta.sparse.row_starts"] = self.row_starts[slot]
+        return parts
+
+    def settle(self, slot: int, layout: SlotLayout, config: EncoderConfig) -> None:
+        """Finish a slot that was just read: check a sparse one, and let its row starts count from the slot's start.
+
+        Raises CorruptFile.
+        """
+        if self.columns is None or self.row_starts is None:
+            return
+        starts = self.row_starts[slot]
+        check_sparse(layout, self.columns[slot, : layout.numel], starts, config)
+        offsets = [torch.full((int(e.variant) + 1,), e.offset, dtype=torch.int32) for e in layout.entries]
+        starts += torch.cat(offsets)
 
     def _allocate(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         row_bytes = columns * dtype.itemsize
@@ -179,18 +193,18 @@ class Arena:
     def fill(self, reservation: Reservation, path: str | Path) -> ResidentTenant:
         """Read the native file into the reserved slots. Blocking. The caller releases the reservation if this raises.
 
-        Raises CorruptFile when the bytes are not those of the digest, or not finite, or point outside a matrix.
+        That its numbers are finite was checked when it was registered, and the digest says that these are its bytes.
+        Raises OSError; CorruptFile when they are not, or a sparse delta points outside its matrix.
         """
-        data = Path(path).read_bytes()
-        if hashlib.sha256(data).hexdigest() != reservation.digest:
-            raise CorruptFile(f"the stored file of {reservation.digest[:12]} was altered or cut; add the tenant again")
-        header = parse_header(data)
-        tensors = load_tensors(data)
-        for (arena_class, slot), layout in zip(reservation.slots, header.layouts.values(), strict=True):
-            if layout.kind == "sparse":
-                check_sparse(layout, tensors["delta.sparse.columns"], tensors["delta.sparse.row_starts"], self._config)
-            arena_class.fill(slot, layout, tensors)
-        head = read_head(header, {name: tensor.clone() for name, tensor in tensors.items() if name.startswith("head.")})
+        header = reservation.header
+        slots = list(zip(reservation.slots, header.layouts.values(), strict=True))
+        memory: dict[str, Tensor] = {}
+        for (arena_class, slot), layout in slots:
+            memory |= arena_class.memory(slot, layout)
+        tensors = read_into(path, header, reservation.digest, memory)
+        for (arena_class, slot), layout in slots:
+            arena_class.settle(slot, layout, self._config)
+        head = read_head(header, tensors)
         return ResidentTenant(reservation=reservation, head=head, self_tests=read_self_tests(header, tensors))
 
     def release(self, tenant: ResidentTenant | Reservation) -> None:

@@ -11,9 +11,10 @@ from tests.random_tenants import DELTA_KINDS, HEADS, Factory
 from tests.tiny import TEXTS, tiny_backbone
 from vbert.activations import activate, activate_
 from vbert.arena import Arena
-from vbert.checkpoint import parse_header, write_tenant
+from vbert.checkpoint import write_tenant
 from vbert.config import ACTIVATIONS, MODEL_TYPES
 from vbert.formats.transformers_folder import read_backbone
+from vbert.header import parse_header
 from vbert.model import Model, SequenceInput
 from vbert.reference import dense_forward, dense_hidden
 from vbert.tokenizer import Tokenizer

@@ -10,8 +10,9 @@ import pytest
 from safetensors.torch import load_file
 
 from vbert.arena import Arena
-from vbert.checkpoint import parse_header, write_tenant
+from vbert.checkpoint import write_tenant
 from vbert.formats import read_backbone, read_tenant
+from vbert.header import parse_header
 from vbert.model import Model, SequenceInput
 from vbert.reference import dense_forward
 

@@ -15,10 +15,11 @@ from training.loop import FitSettings, fit
 from training.progress import silent
 from training.train_peft import run
 from vbert.arena import Arena
-from vbert.checkpoint import parse_header, read_tenant_bytes
+from vbert.checkpoint import read_tenant_bytes
 from vbert.config import MODEL_TYPES
 from vbert.errors import ConfigError
 from vbert.formats.transformers_folder import read_backbone
+from vbert.header import parse_header
 from vbert.model import Model, SequenceInput
 from vbert.reference import dense_forward
 from vbert.selftest import check_outputs

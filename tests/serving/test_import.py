@@ -8,8 +8,8 @@ import torch
 
 from tests.serving.helpers import Dense, softmax
 from tests.tiny import TEXTS
-from vbert.checkpoint import read_header
 from vbert.errors import RefusedCheckpoint
+from vbert.header import read_header
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft's and transformers' own remarks
 

@@ -15,8 +15,9 @@ from tests.random_tenants import DELTA_KINDS
 from tests.serving.helpers import Dense, add, held, outcome, until, waiting
 from tests.tiny import TEXTS
 from vbert.arena import Arena
-from vbert.checkpoint import parse_header, write_tenant
+from vbert.checkpoint import write_tenant
 from vbert.errors import CorruptFile, RefusedCheckpoint, SelfTestFailed, WrongBackbone
+from vbert.header import parse_header
 from vbert.selftest import load_self_tests, make_self_tests
 
 CLOSE = {"rtol": 0, "atol": 1e-4}

@@ -16,7 +16,8 @@ from runtime.pipeline import Pipeline
 from runtime.threads import ThreadChoice
 from tests.serving.helpers import Dense
 from vbert.arena import Arena
-from vbert.checkpoint import parse_header, write_tenant
+from vbert.checkpoint import write_tenant
+from vbert.header import parse_header
 from vbert.model import Model, SequenceInput
 
 WIDE = torch.float32, torch.device("cpu")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from vbert.checkpoint import TenantHeader, check_sparse, load_tensors, parse_header, write_tenant
+from vbert.checkpoint import check_sparse, load_tensors, write_tenant
 from vbert.formats import read_tenant
 from vbert.formats.original import self_tests
 from vbert.formats.transformers_folder import Backbone
+from vbert.header import TenantHeader, parse_header
 
 __all__ = ["check_native", "to_native"]
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vbert.checkpoint import read_header
 from vbert.errors import VbertError
 from vbert.formats import adapterhub_folder, adapterhub_head, peft_folder
 from vbert.formats.tensors import is_set, malformed_is_corrupt, opened, read_json
+from vbert.header import read_header
 from vbert.layout import kind_of, pack
 from vbert.tenant import Head, TenantModule
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vbert.checkpoint import parse_header, read_tenant_bytes
+from vbert.checkpoint import read_tenant_bytes
 from vbert.errors import RefusedCheckpoint
 from vbert.formats.transformers_folder import Backbone
+from vbert.header import parse_header
 from vbert.tenant import Affine, Sparse, TenantModule
 
 __all__ = ["bias_to_affine", "diff_to_sparse", "mask_to_sparse", "read_native"]

@@ -1,0 +1,63 @@
+"""Read a native file in one system call, its deltas straight into the slots that will hold them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vbert.errors import CorruptFile
+from vbert.header import TenantHeader
+
+__all__ = ["read_into"]
+
+
+def read_into(
+    path: str | os.PathLike[str], header: TenantHeader, digest: str, slots: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Read every tensor of a native file, those named in `slots` into the memory given there.
+
+    slots: tensor name -> contiguous CPU tensor [numel]. A slot of another dtype than the file's is converted.
+    Returns: the other tensors by name. Raises OSError; CorruptFile when the bytes are not those of the digest; then
+    there may be anything in the slots.
+    """
+    stored = sorted(header.tensors.items(), key=lambda item: item[1].begin)
+    direct = {name: slot for name, slot in slots.items() if slot.dtype == header.tensors[name].dtype}
+    read = {name: direct[name] if name in direct else torch.empty(t.shape, dtype=t.dtype) for name, t in stored}
+    start = bytearray(header.data_begin)
+    pieces = [memoryview(start), *(_bytes_of(read[name]) for name, _ in stored)]
+    _read_whole(Path(path), pieces)
+    sha256 = hashlib.sha256(start)
+    if sha256.hexdigest() == header.key:
+        for piece in pieces[1:]:
+            sha256.update(piece)
+    if sha256.hexdigest() != digest:
+        raise CorruptFile(f"the stored file of {digest[:12]} was altered or cut; add the tenant again")
+    for name in slots.keys() - direct.keys():
+        slots[name].copy_(read[name])
+    return {name: tensor for name, tensor in read.items() if name not in slots}
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, writable."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+def _read_whole(path: Path, pieces: Sequence[memoryview]) -> None:
+    """Fill the pieces from the start of a file. What a shorter file leaves is as it was."""
+    left = [piece for piece in pieces if len(piece)]
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        offset = 0
+        while left and (count := os.preadv(descriptor, left, offset)):
+            offset += count
+            while left and count >= len(left[0]):
+                count -= len(left.pop(0))
+            if count:
+                left[0] = left[0][count:]
+    finally:
+        os.close(descriptor)
