@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from concurrent.futures import Executor
 from copy import copy
@@ -20,15 +20,20 @@ from typing import Any, Protocol
 from runtime.clock import Clock
 from runtime.errors import ComputeFailed, ModuleTooLarge
 from runtime.metrics import Metrics
-from runtime.residency import Lru, ResidencyPolicy, Resident
+from runtime.residency import LfuAgeing, ResidencyPolicy
 from vbert.arena import Arena, Reservation, ResidentTenant
-from vbert.checkpoint import TenantHeader, read_header
 from vbert.errors import CorruptFile, VbertError
+from vbert.header import TenantHeader, read_header
 
 __all__ = ["Manager", "ResidencyListener"]
 
 _FORGET_FAILURE_S = 1.0  # a broken module asked for in a loop is read at most this often
 _log = logging.getLogger(__name__)
+
+
+def _typical_load_s(num_bytes: int) -> float:
+    """Where no profile says better: 1 ms of fixed work, then 1 GB/s."""
+    return 1e-3 + num_bytes * 1e-9
 
 
 class ResidencyListener(Protocol):
@@ -47,7 +52,6 @@ class _Entry:
     it goes with the last one that does, or tenants that are always in use would never make room."""
 
     tenant: ResidentTenant
-    last_used_s: float
     pins: int = 0
     ran: bool = False
     leaving: bool = False
@@ -56,7 +60,8 @@ class _Entry:
 @dataclass(kw_only=True, eq=False)
 class Manager:
     """files: path of a digest's native file. verify: compares a tenant just loaded with its self-tests, or raises.
-    spawn: starts a task. wake: called after every change that may let something run."""
+    spawn: starts a task. wake: called after every change that may let something run. load_cost: seconds to bring in a
+    module of so many bytes, for the policy."""
 
     arena: Arena
     budget_bytes: int
@@ -68,10 +73,12 @@ class Manager:
     wake: Callable[[], None]
     clock: Clock
     metrics: Metrics
-    policy: ResidencyPolicy = field(default_factory=Lru)
+    policy: ResidencyPolicy = field(default_factory=LfuAgeing)
+    load_cost: Callable[[int], float] = _typical_load_s
 
     def __post_init__(self) -> None:
-        self._resident: OrderedDict[str, _Entry] = OrderedDict()  # the longest unused first
+        self._resident: dict[str, _Entry] = {}
+        self._held: frozenset[str] = frozenset()
         self._loading: dict[str, None] = {}
         self._bytes: Counter[str] = Counter()
         self._verified: set[str] = set()
@@ -111,14 +118,13 @@ class Manager:
             return None
         entry = self._resident[digest]
         entry.pins += 1
-        self._touch(digest, entry)
+        self.policy.used(digest)
         return entry.tenant
 
     def unpin(self, digest: str) -> None:
         if digest:
             entry = self._resident[digest]
             entry.pins, entry.ran = entry.pins - 1, True
-            self._touch(digest, entry)
             if entry.leaving and not entry.pins:
                 self._evict(digest)
             self.recheck()
@@ -131,7 +137,7 @@ class Manager:
 
     def drop(self, digest: str) -> None:
         """Evict a module that nobody asks for any more, if it is here and not in use."""
-        if digest in self._resident and not self._is_pinned(digest, self._resident[digest]):
+        if digest in self._resident and not self._is_pinned(digest):
             self._evict(digest)
             self.recheck()
 
@@ -145,7 +151,8 @@ class Manager:
         started_s, outcome = self.clock.now_s(), "ok"
         try:
             tenant = await self._bring_in(digest)
-            self._resident[digest] = _Entry(tenant, self.clock.now_s())
+            self._resident[digest] = _Entry(tenant)
+            self.policy.arrived(digest, tenant.num_bytes, self.load_cost(tenant.num_bytes))
             self.listener.arrived(digest)
         except Exception as error:
             explained = _explained(error, digest)
@@ -195,43 +202,30 @@ class Manager:
 
     def _make_room(self, need_bytes: int) -> bool:
         """Evict what nobody uses until so many bytes are free; nothing when that is not enough."""
-        victims = self._victims(need_bytes, self._is_pinned)
+        victims = self.policy.victims(self._missing(need_bytes), self._is_pinned)
         for digest in victims or ():
             self._evict(digest)
         return victims is not None
 
     def _retire(self, need_bytes: int) -> None:
         """Choose again among the modules in use; those chosen take part in no new batch and go when theirs end."""
-        for digest in self._victims(need_bytes, self._is_awaited) or ():
+        for digest in self.policy.victims(self._missing(need_bytes), self._is_awaited) or ():
             self._resident[digest].leaving = True
             self.listener.left(digest)
 
-    def _victims(self, need_bytes: int, pinned: Callable[[str, _Entry], bool]) -> tuple[str, ...] | None:
-        candidates = (
-            Resident(
-                digest=digest,
-                num_bytes=entry.tenant.num_bytes,
-                last_used_s=entry.last_used_s,
-                pinned=pinned(digest, entry),
-            )
-            for digest, entry in self._resident.items()
-        )
-        free_bytes = self.budget_bytes - self._bytes.total()
-        return self.policy.evict(candidates, free_bytes=free_bytes, need_bytes=need_bytes)
+    def _missing(self, need_bytes: int) -> int:
+        return need_bytes - (self.budget_bytes - self._bytes.total())
 
-    def _is_awaited(self, digest: str, entry: _Entry) -> bool:
-        """Loaded for requests that have not run yet."""
-        return not entry.ran and self.listener.waits_for(digest)
+    def _is_awaited(self, digest: str) -> bool:
+        """Loaded for requests that have not run yet, or held."""
+        return digest in self._held or (not self._resident[digest].ran and self.listener.waits_for(digest))
 
-    def _is_pinned(self, digest: str, entry: _Entry) -> bool:
-        return entry.pins > 0 or self._is_awaited(digest, entry)
-
-    def _touch(self, digest: str, entry: _Entry) -> None:
-        entry.last_used_s = self.clock.now_s()
-        self._resident.move_to_end(digest)
+    def _is_pinned(self, digest: str) -> bool:
+        return self._resident[digest].pins > 0 or self._is_awaited(digest)
 
     def _evict(self, digest: str) -> None:
         self._release(self._resident.pop(digest).tenant.reservation)
+        self.policy.left(digest)
         self.metrics.evictions += 1
         self.listener.left(digest)
 
