@@ -44,7 +44,7 @@ def read_into(
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, writable."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _read_whole(path: Path, pieces: Sequence[memoryview]) -> None:
