@@ -14,7 +14,7 @@ from typing import Protocol
 
 from vbert.errors import ConfigError
 
-__all__ = ["POLICIES", "Lru", "LfuAgeing", "ResidencyPolicy", "residency_policy"]
+__all__ = ["POLICIES", "LfuAgeing", "Lru", "ResidencyPolicy", "residency_policy"]
 
 _REMEMBERED = 65_536  # modules that left, whose use counts are kept
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vbert.checkpoint import check_sparse, read_head, read_self_tests
 from vbert.config import EncoderConfig
-from vbert.errors import CorruptFile, ShapeError
+from vbert.errors import ShapeError
 from vbert.header import TenantHeader
 from vbert.layout import SlotLayout
 from vbert.slot_file import read_into
