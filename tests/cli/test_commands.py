@@ -121,12 +121,12 @@ def test_an_interrupt_is_130(monkeypatch, vbert):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_print", interrupt)
+    monkeypatch.setattr("commands.keys.show", interrupt)
     assert vbert("keys", "x") == (130, "", "")
 
 
 def test_a_bug_shows_its_traceback(monkeypatch):
-    monkeypatch.setattr(cli, "_print", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("commands.keys.show", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main(["keys", "x"])
 

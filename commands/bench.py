@@ -1,0 +1,28 @@
+"""`vbert bench NAME`: run a benchmark of a checkout. Each has its own flags and prints its own result."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+
+from commands.output import Wrong
+
+__all__ = ["add_flags", "run"]
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="NAME", help="without it, the names are listed")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
+
+
+def run(args: argparse.Namespace) -> int:
+    folder = Path(__file__).resolve().parent.parent / "benchmarks"
+    names = sorted(path.stem for path in folder.glob("*.py") if "\ndef main(argv" in path.read_text("utf-8"))
+    if args.name is None:
+        print("\n".join(names))
+        return 0
+    if args.name not in names:
+        raise Wrong(f"benchmark {args.name!r} is not one of {', '.join(names) or 'none'} in {folder}")
+    code: int | None = importlib.import_module(f"benchmarks.{args.name}").main(args.arguments)
+    return code or 0
