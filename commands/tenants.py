@@ -36,6 +36,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for each in (add, add_all, inspect):
         each.add_argument("--task", help="classify, token_classify, embed or rerank, if checkpoints leave it open")
     for each in (add, add_all):
+        each.add_argument("--store-dtype", choices=("float32", "bfloat16"), default="float32", help="of tenant files")
         each.add_argument("--no-activate", action="store_true", help="store versions, go on serving the present ones")
         add_flag(each, "backbone", required=True, help="transformers folder of the backbone", metavar="FOLDER")
     add_flag(inspect, "backbone", help="say whether it fits this backbone, too", metavar="FOLDER")
@@ -60,7 +61,7 @@ def _add(args: argparse.Namespace) -> None:
     from vbert.formats import read_backbone
 
     with target(args, create=True) as store:
-        data = _native(args.name, Path(args.folder), read_backbone(args.backbone), args.task)
+        data = _native(args.name, Path(args.folder), read_backbone(args.backbone), args)
         added = put(store, args.name, data, activate=not args.no_activate, if_match=args.if_match)
     show(added, as_json=args.json)
 
@@ -79,7 +80,7 @@ def _import(args: argparse.Namespace) -> int:
         for done, path in enumerate(paths, 1):
             name = path.name.removesuffix(".safetensors")
             try:
-                data = _native(name, path, backbone, args.task)
+                data = _native(name, path, backbone, args)
                 added.append(put(store, name, data, activate=not args.no_activate))
             except VbertError as error:
                 refused.append({"tenant": name, "error": error.message})
@@ -93,12 +94,12 @@ def _import(args: argparse.Namespace) -> int:
     return complain(f"{len(refused)} of {len(paths)} checkpoints are refused") if refused else 0
 
 
-def _native(name: str, path: Path, backbone: Backbone, task: str | None) -> bytes:
+def _native(name: str, path: Path, backbone: Backbone, args: argparse.Namespace) -> bytes:
     """The native file of a checkpoint, checked. Names are checked first: a conversion may take a minute."""
     from vbert.formats.convert import check_native, to_native
 
     check_name(name, backbone.name)
-    data = to_native(path, backbone, task=task)
+    data = to_native(path, backbone, task=args.task, dtype=args.store_dtype)
     check_native(data, backbone)
     return data
 

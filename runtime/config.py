@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from runtime.residency import residency_policy
 from vbert.errors import ConfigError
 
 __all__ = ["EngineConfig", "option"]
@@ -27,6 +28,10 @@ class EngineConfig:
     device: str = option("auto", "auto, cpu or cuda")
     dtype: str = option("auto", "auto, float32 or bfloat16; auto is bfloat16 where the CPU has AMX or AVX512-BF16")
     compute_threads: int = option(0, "threads of the compute lane; 0: as many of the cores as prove fastest")
+    store_dtype: str = option(
+        "float32", "float32 or bfloat16: of modules converted from checkpoints; bfloat16 halves files and load times"
+    )
+    residency: str = option("lfu", "lfu or lru: which modules leave memory when others need the room")
     max_batch_tokens: int = option(4096, "tokens in one forward pass")
     max_queue_inputs: int = option(4096, "inputs waiting in the whole engine; beyond it: server_full")
     max_caller_share: float = option(0.5, "part of the queue one caller may fill; beyond it: queue_full")
@@ -44,6 +49,9 @@ class EngineConfig:
             raise ConfigError(f"device is {self.device!r}; use auto, cpu or cuda")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"dtype is {self.dtype!r}; use auto, float32 or bfloat16")
+        if self.store_dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"store_dtype is {self.store_dtype!r}; use float32 or bfloat16")
+        residency_policy(self.residency)
         if not 0 < self.max_caller_share <= 1:
             raise ConfigError(f"max_caller_share is {self.max_caller_share}; give a share above 0 and up to 1")
         for option_field in fields(self):

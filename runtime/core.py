@@ -17,6 +17,7 @@ from runtime.manager import Manager
 from runtime.metrics import Metrics, MetricsSnapshot
 from runtime.parts import Parts
 from runtime.pipeline import Pipeline
+from runtime.residency import residency_policy
 from runtime.scheduler import BatchPolicy
 from runtime.selftest import SelfTester
 from runtime.tenants import Tenants
@@ -79,6 +80,7 @@ class Core:
             wake=event.set,
             clock=clock,
             metrics=metrics,
+            policy=residency_policy(config.residency),
         )
         self.loop = ServingLoop(
             policy=policy,

@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import Callable, Set
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -16,11 +16,9 @@ from runtime.errors import Draining, InvalidTenantId, ModuleTooLarge, RequestToo
 from runtime.lanes import Lanes
 from runtime.store import ModuleFacts, TenantStore, TenantVersion, check_tenant_id
 from vbert.arena import Arena
-from vbert.checkpoint import check_sparse, load_tensors, write_tenant
-from vbert.formats import read_tenant
-from vbert.formats.original import self_tests
+from vbert.formats.convert import check_native, to_native
 from vbert.formats.transformers_folder import Backbone
-from vbert.header import TenantHeader, parse_header
+from vbert.header import TenantHeader
 
 __all__ = ["Tenants"]
 
@@ -84,40 +82,20 @@ class Tenants:
     def _put(
         self, tenant: str, source: Source, *, activate: bool, if_match: int | None, task: str | None
     ) -> tuple[TenantVersion, bool]:
-        data = source if isinstance(source, bytes) else self._converted(Path(source), task)
+        data = source if isinstance(source, bytes) else self._native(Path(source), task)
         return self.store.put(tenant, data, self._checked(data), activate=activate, if_match=if_match)
 
-    def _converted(self, path: Path, task: str | None) -> bytes:
-        """A native file as it is; anything else read into deltas, with the original library's answers as self-tests."""
-        if path.is_file() and path.suffix == ".safetensors":
-            return path.read_bytes()
-        module = read_tenant(path, self.backbone, task=task)
-        if not module.self_tests:
-            module = replace(module, self_tests=self_tests(path, self.backbone, module))
-        return write_tenant(module)
+    def _native(self, path: Path, task: str | None) -> bytes:
+        return to_native(path, self.backbone, task=task, dtype=self.config.store_dtype)
 
     def _checked(self, data: bytes) -> ModuleFacts:
         """What the catalogue keeps of a native file that is whole and fits this engine."""
         limit = self.config.max_module_bytes
         if len(data) > limit:
             raise RequestTooLarge(f"the tenant file has {len(data)} bytes, the limit is {limit}; use a smaller module")
-        header = parse_header(data)
-        header.check(self.backbone.config, self.backbone.fingerprint)
+        header = check_native(data, self.backbone)
         self._check_room(header)
-        tensors = load_tensors(data)
-        if (layout := header.layouts.get("sparse")) is not None:
-            columns, row_starts = tensors["delta.sparse.columns"], tensors["delta.sparse.row_starts"]
-            check_sparse(layout, columns, row_starts, self.backbone.config)
-        head = header.head
-        return ModuleFacts(
-            fingerprint=header.fingerprint,
-            task=head.kind,
-            problem=head.problem,
-            labels=head.labels,
-            max_length=header.max_length,
-            kinds=header.kinds,
-            source=dict(header.source),
-        )
+        return ModuleFacts.of(header)
 
     def _check_room(self, header: TenantHeader) -> None:
         needed, budget = self.arena.num_bytes(header), self.config.module_budget_bytes

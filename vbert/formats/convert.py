@@ -5,26 +5,34 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from vbert.checkpoint import check_sparse, load_tensors, write_tenant
+import torch
+
+from vbert.checkpoint import check_sparse, load_tensors, read_tenant_bytes, write_tenant
 from vbert.formats import read_tenant
 from vbert.formats.original import self_tests
 from vbert.formats.transformers_folder import Backbone
 from vbert.header import TenantHeader, parse_header
+from vbert.reference import dense_forward
+from vbert.selftest import check_outputs
+from vbert.tenant import TenantModule
 
 __all__ = ["check_native", "to_native"]
 
 
-def to_native(path: Path, backbone: Backbone, *, task: str | None = None) -> bytes:
+def to_native(path: Path, backbone: Backbone, *, task: str | None = None, dtype: str = "float32") -> bytes:
     """A native file as it is; anything else read into deltas, with the original library's answers as self-tests.
 
-    task: a head kind, for folders that leave it open. Raises RefusedCheckpoint, CorruptFile, SelfTestFailed.
+    task: a head kind, for folders that leave it open.  dtype: the deltas are stored in, float32 or bfloat16.
+    Raises RefusedCheckpoint, CorruptFile, SelfTestFailed.
     """
-    if path.is_file():
+    if path.is_file() and path.suffix == ".safetensors":
         return path.read_bytes()
     module = read_tenant(path, backbone, task=task)
     if not module.self_tests:
         module = replace(module, self_tests=self_tests(path, backbone, module))
-    return write_tenant(module)
+    if dtype == "float32":
+        return write_tenant(module)
+    return write_tenant(_rounded(module, backbone), torch.bfloat16)
 
 
 def check_native(data: bytes, backbone: Backbone) -> TenantHeader:
@@ -39,3 +47,16 @@ def check_native(data: bytes, backbone: Backbone) -> TenantHeader:
         columns, row_starts = tensors["delta.sparse.columns"], tensors["delta.sparse.row_starts"]
         check_sparse(layout, columns, row_starts, backbone.config)
     return header
+
+
+def _rounded(module: TenantModule, backbone: Backbone) -> TenantModule:
+    """The module in bfloat16 numbers, whose self-tests hold its own answers.
+
+    Raises SelfTestFailed where these are further from the original's than serving in bfloat16 may be.
+    """
+    rounded = read_tenant_bytes(write_tenant(module, torch.bfloat16))
+    tests = module.self_tests
+    answers = [dense_forward(backbone, rounded, test.token_ids, test.type_ids) for test in tests]
+    check_outputs(tests, answers, torch.bfloat16)
+    exact = tuple(replace(test, expected=answer) for test, answer in zip(tests, answers, strict=True))
+    return replace(rounded, self_tests=exact)
