@@ -1,8 +1,9 @@
 """Memory of resident tenant modules: slots of equal shape, one arena class per slot layout.
 
-Loading takes a free slot and never allocates; releasing gives it back and never fragments, and its whole pages go back
-to the operating system, so what is not used costs address space only. The arena moves bytes and keeps owners; which
-tenant stays is decided elsewhere. `reserve` and `release` are called from one thread, `fill` from any.
+Loading takes a free slot and never allocates; releasing gives it back and never fragments. What was never used costs
+address space only, and the pages of a slot that became free go back to the operating system when another class needs
+the memory. The arena moves bytes and keeps owners; which tenant stays is decided elsewhere. `reserve` and `release` are
+called from one thread, `fill` from any.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import mmap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,14 +68,17 @@ class ArenaClass:
         return slot
 
     def give_back(self, slot: int) -> None:
-        """The slot is free again, and the pages that only it used are returned to the system."""
+        """The slot is free again. Its pages stay, for the next owner."""
         del self.owners[slot]
+        heapq.heappush(self._free, slot)
+
+    def return_pages(self, slot: int) -> None:
+        """Return the memory that only this free slot used to the operating system."""
         for memory, row_bytes in self._maps:
             first = -(-slot * row_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
             last = (slot + 1) * row_bytes // mmap.PAGESIZE * mmap.PAGESIZE
             if last > first:
                 memory.madvise(mmap.MADV_DONTNEED, first, last - first)
-        heapq.heappush(self._free, slot)
 
     def memory(self, slot: int, layout: SlotLayout) -> dict[str, Tensor]:
         """The memory of a slot, by the names of a native file's tensors. A sparse file may be shorter than the slot."""
@@ -165,6 +169,8 @@ class Arena:
     def __init__(self, config: EncoderConfig, fingerprint: str, dtype: torch.dtype, max_bytes: int) -> None:
         self._config, self._fingerprint, self._dtype, self._max_bytes = config, fingerprint, dtype, max_bytes
         self._classes: dict[str, ArenaClass] = {}
+        self._idle: dict[tuple[ArenaClass, int], None] = {}  # free slots that still have pages, the longest first
+        self._slot_bytes = 0  # of all slots that have an owner or are idle
 
     def num_bytes(self, header: TenantHeader) -> int:
         """Bytes the tenant will hold while resident: its slots, and its head in float32."""
@@ -185,6 +191,7 @@ class Arena:
                     other.give_back(other_slot)
                 return None
             taken.append((arena_class, slot))
+        self._take_pages(taken)
         by_kind = self._bytes_by_kind(header)
         return Reservation(
             digest=digest, header=header, slots=tuple(taken), num_bytes=sum(by_kind.values()), bytes_by_kind=by_kind
@@ -213,6 +220,20 @@ class Arena:
             if arena_class.owners.get(slot) != tenant.digest:
                 raise ShapeError(f"slot {slot} of {arena_class.kind} is not owned by {tenant.digest[:12]}")
             arena_class.give_back(slot)
+            self._idle[arena_class, slot] = None
+
+    def _take_pages(self, taken: Sequence[tuple[ArenaClass, int]]) -> None:
+        """Count the slots, and let idle ones pay for them where `max_bytes` would be exceeded."""
+        for arena_class, slot in taken:
+            if (arena_class, slot) in self._idle:
+                del self._idle[arena_class, slot]
+            else:
+                self._slot_bytes += arena_class.slot_bytes
+        while self._slot_bytes > self._max_bytes and self._idle:
+            arena_class, slot = next(iter(self._idle))
+            del self._idle[arena_class, slot]
+            arena_class.return_pages(slot)
+            self._slot_bytes -= arena_class.slot_bytes
 
     def _class_of(self, layout: SlotLayout) -> ArenaClass:
         key, width = _class_key(layout)

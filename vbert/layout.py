@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -81,14 +82,10 @@ class SlotLayout:
         if kind not in _PARTS:
             raise CorruptFile(f"delta kind {kind!r} is unknown; this version reads {', '.join(KINDS)}")
         try:
-            parts = [(int(i), str(s), str(v), str(p), [int(n) for n in shape]) for i, s, v, p, shape in rows]
+            parts = tuple((int(i), str(s), str(v), str(p), tuple(map(int, shape))) for i, s, v, p, shape in rows)
         except (TypeError, ValueError) as error:
             raise CorruptFile(f"the {kind} layout is malformed ({error}); convert the tenant again") from error
-        if any(p not in _PARTS[kind] or any(n < 1 for n in shape) for _, _, _, p, shape in parts):
-            raise CorruptFile(f"the {kind} layout names a part or a size that does not exist; convert the tenant again")
-        if len({p[:4] for p in parts}) != len(parts):
-            raise CorruptFile(f"the {kind} layout names a part twice; convert the tenant again")
-        return cls.build(kind, parts)
+        return _checked_layout(kind, parts)
 
     def sites(self) -> dict[tuple[int, str, str], dict[str, SlotEntry]]:
         """Entries by (layer, site, variant), then by part."""
@@ -111,6 +108,16 @@ class SlotLayout:
                 if (layer, site.split(".")[0]) in taps:
                     raise CorruptFile(f"{where}: two bottlenecks around one sub-layer have no defined order")
                 taps.add((layer, site.split(".")[0]))
+
+
+@lru_cache(maxsize=256)
+def _checked_layout(kind: str, parts: tuple[tuple[int, str, str, str, tuple[int, ...]], ...]) -> SlotLayout:
+    """Cached: tenants of one recipe have one layout, which is read at every load. Raises CorruptFile."""
+    if any(p not in _PARTS[kind] or any(n < 1 for n in shape) for _, _, _, p, shape in parts):
+        raise CorruptFile(f"the {kind} layout names a part or a size that does not exist; convert the tenant again")
+    if len({p[:4] for p in parts}) != len(parts):
+        raise CorruptFile(f"the {kind} layout names a part twice; convert the tenant again")
+    return SlotLayout.build(kind, parts)
 
 
 def kind_of(delta: Delta) -> str:
