@@ -35,7 +35,7 @@ from benchmarks.serving import BACKBONE, texts
 from benchmarks.workload import SHAPES, write_backbone
 from runtime import Engine, EngineConfig
 from vbert.arena import Arena
-from vbert.checkpoint import write_tenant
+from vbert.checkpoint import read_tenant_bytes, write_tenant
 from vbert.errors import ConfigError
 from vbert.formats.transformers_folder import Backbone, read_backbone
 from vbert.header import parse_header
@@ -189,12 +189,13 @@ async def _add_all(cell: Cell, plain: Path) -> dict[str, Any]:
 
 
 def _files(cell: Cell, backbone: Backbone) -> Iterator[tuple[str, bytes]]:
-    """Name and native file of every tenant, made one at a time."""
+    """Name and native file of every tenant, in bfloat16, made one at a time."""
     modules = KINDS[cell.kind](backbone, min(DISTINCT_MODULES, cell.tenants), seed=0)
+    modules = [read_tenant_bytes(write_tenant(module, torch.bfloat16)) for module in modules]
     modules = [replace(module, self_tests=(_self_test(backbone, module),)) for module in modules]
     for i in range(cell.tenants):
         module = modules[i % len(modules)]
-        yield _name(i), write_tenant(replace(module, source={**module.source, "tenant": str(i)}))
+        yield _name(i), write_tenant(replace(module, source={**module.source, "tenant": str(i)}), torch.bfloat16)
 
 
 def _self_test(backbone: Backbone, module: TenantModule) -> SelfTest:

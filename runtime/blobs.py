@@ -11,7 +11,9 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Set
+from contextlib import ExitStack
 from pathlib import Path
+from typing import IO
 
 from vbert.errors import CorruptFile
 
@@ -59,14 +61,19 @@ class BlobFolder:
         An intact blob is kept, a damaged one replaced, so sending a tenant again repairs it. Raises OSError (no
         space, file size limit) with no partial blob left.
         """
-        folders = set()
-        for digest, data in contents.items():
-            path = self.path(digest)
-            make_private_folder(path.parent)
-            if not self._is_intact(digest):
-                self._replace(path, data)
-            folders.add(path.parent)  # also when kept: whoever wrote it may have been killed before this fsync
+        paths = {digest: self.path(digest) for digest in contents}
+        folders = {path.parent for path in paths.values()}
         for folder in folders:
+            make_private_folder(folder)
+        with ExitStack() as unfinished:
+            missing = [digest for digest in contents if not self._is_intact(digest)]
+            files = {digest: self._incoming_file(contents[digest], unfinished) for digest in missing}
+            for _, file in files.values():  # after all were written: the first flush takes much of the others along
+                file.flush()
+                os.fsync(file.fileno())
+            for digest, (name, _) in files.items():
+                os.rename(name, paths[digest])
+        for folder in folders:  # also of files that were kept: who wrote them may have been killed before this
             fsync_folder(folder)
 
     def verify(self, digest: str) -> None:
@@ -104,14 +111,10 @@ class BlobFolder:
         except FileNotFoundError:
             return False
 
-    def _replace(self, path: Path, data: bytes) -> None:
+    def _incoming_file(self, data: bytes, unfinished: ExitStack) -> tuple[str, IO[bytes]]:
+        """A new file with the data, not flushed; closed, and deleted where it was not renamed, by `unfinished`."""
         descriptor, name = tempfile.mkstemp(suffix=".part", dir=self._incoming)  # mkstemp makes it 0600
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.rename(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+        unfinished.callback(Path(name).unlink, missing_ok=True)
+        file = unfinished.enter_context(os.fdopen(descriptor, "wb"))
+        file.write(data)
+        return name, file

@@ -17,6 +17,7 @@ from runtime.manager import Manager
 from runtime.metrics import Metrics, MetricsSnapshot
 from runtime.parts import Parts
 from runtime.pipeline import Pipeline
+from runtime.registrar import Registrar
 from runtime.residency import residency_policy
 from runtime.scheduler import BatchPolicy
 from runtime.selftest import SelfTester
@@ -102,6 +103,7 @@ class Core:
             arena=parts.arena,
             lanes=lanes,
             reserved=parts.name,
+            registrar=Registrar(parts.store, lanes.store),
         )
 
     async def prove(self) -> None:

@@ -86,13 +86,14 @@ class TenantVersion(ModuleFacts):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Upload:
-    """One version to be stored. `if_match`: the version that must be the active one now, 0 for none."""
+    """One version to be stored. `if_match`: the version that must be active now, 0 for none. `digest`: "": unknown."""
 
     tenant: str
     data: bytes
     facts: ModuleFacts
     activate: bool = True
     if_match: int | None = None
+    digest: str = ""
 
 
 def check_tenant_id(tenant: str) -> str:
@@ -159,7 +160,7 @@ class TenantStore:
         """`put` for each upload, in one commit: all or none. Saves most of the fsyncs of a bulk import."""
         for upload in uploads:
             check_tenant_id(upload.tenant)
-        digests = [digest_of(upload.data) for upload in uploads]
+        digests = [upload.digest or digest_of(upload.data) for upload in uploads]
         try:
             with self._catalogue.write() as db:
                 results = [self._add(db, upload, digest) for upload, digest in zip(uploads, digests, strict=True)]

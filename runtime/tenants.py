@@ -11,10 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from runtime.blobs import digest_of
 from runtime.config import EngineConfig
 from runtime.errors import Draining, InvalidTenantId, ModuleTooLarge, RequestTooLarge
 from runtime.lanes import Lanes
-from runtime.store import ModuleFacts, TenantStore, TenantVersion, check_tenant_id
+from runtime.registrar import Registrar
+from runtime.store import ModuleFacts, TenantStore, TenantVersion, Upload, check_tenant_id
 from vbert.arena import Arena
 from vbert.formats.convert import check_native, to_native
 from vbert.formats.transformers_folder import Backbone
@@ -36,6 +38,7 @@ class Tenants:
     arena: Arena
     lanes: Lanes
     reserved: str
+    registrar: Registrar
     closed: bool = False
 
     async def add(
@@ -51,8 +54,8 @@ class Tenants:
         check_tenant_id(tenant)
         if tenant == self.reserved:
             raise InvalidTenantId(f"{tenant!r} is the name of the backbone; choose another name", param="tenant")
-        put = partial(self._put, activate=activate, if_match=if_match, task=task)
-        return await self._run(self.lanes.imports, put, tenant, source)
+        prepare = partial(self._upload, activate=activate, if_match=if_match, task=task)
+        return await self.registrar.put(await self._run(self.lanes.imports, prepare, tenant, source))
 
     async def remove(self, tenant: str, *, if_match: int | None) -> None:
         """Forget a tenant. Requests already admitted are still answered; their files go when the last one is."""
@@ -79,11 +82,10 @@ class Tenants:
             raise Draining("the server is stopping and changes no tenants; ask another one")
         return await asyncio.get_running_loop().run_in_executor(lane, method, *args)
 
-    def _put(
-        self, tenant: str, source: Source, *, activate: bool, if_match: int | None, task: str | None
-    ) -> tuple[TenantVersion, bool]:
+    def _upload(self, tenant: str, source: Source, *, activate: bool, if_match: int | None, task: str | None) -> Upload:
         data = source if isinstance(source, bytes) else self._native(Path(source), task)
-        return self.store.put(tenant, data, self._checked(data), activate=activate, if_match=if_match)
+        facts, digest = self._checked(data), digest_of(data)
+        return Upload(tenant=tenant, data=data, facts=facts, activate=activate, if_match=if_match, digest=digest)
 
     def _native(self, path: Path, task: str | None) -> bytes:
         return to_native(path, self.backbone, task=task, dtype=self.config.store_dtype)
