@@ -114,6 +114,7 @@ class BlockingEngine:
     versions = _blocking(Engine.versions)
     activate = _blocking(Engine.activate)
     rollback = _blocking(Engine.rollback)
+    prefetch = _blocking(Engine.prefetch)
 
     def _wait_for(self, work: Coroutine[Any, Any, R]) -> R:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)

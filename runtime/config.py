@@ -31,6 +31,9 @@ class EngineConfig:
     store_dtype: str = option(
         "float32", "float32 or bfloat16: of modules converted from checkpoints; bfloat16 halves files and load times"
     )
+    pinned_tenants: tuple[str, ...] = option(
+        (), "tenants kept in memory whatever the others need, by name; at most half of module_budget_bytes"
+    )
     residency: str = option("lfu", "lfu or lru: which modules leave memory when others need the room")
     max_batch_tokens: int = option(4096, "tokens in one forward pass")
     max_queue_inputs: int = option(4096, "inputs waiting in the whole engine; beyond it: server_full")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from runtime.clock import Clock
@@ -115,9 +115,36 @@ class Core:
     async def look_after(self) -> None:
         """Every few seconds a canary, and away with what nobody uses of tenants that were removed. Until cancelled."""
         while True:
+            await self.hold_pinned()
             await asyncio.sleep(self.config.canary_interval_s)
             await self.health.canary()
             await self.collect_garbage()
+
+    async def prefetch(self, tenants: Iterable[str]) -> dict[str, bool]:
+        """Which of the tenants are in memory now, after those that are not were brought in as far as room is free.
+
+        Raises UnknownTenant.
+        """
+        digests = {tenant: self.parts.serves(tenant).key.digest for tenant in tenants}
+        here = await asyncio.gather(*map(self.manager.prefetch, digests.values()))
+        return dict(zip(digests, here, strict=True))
+
+    async def hold_pinned(self) -> None:
+        """Hold the active versions of the pinned tenants, as many as half of the budget takes, in the order given."""
+        held: dict[str, int] = {}
+        for tenant in self.config.pinned_tenants:
+            try:
+                digest = self.parts.serves(tenant).key.digest
+                num_bytes = await self.manager.num_bytes(digest)
+            except (VbertError, OSError) as error:
+                _log.warning("the pinned tenant %s is not held: %s", tenant, error)
+                continue
+            if sum(held.values()) + num_bytes > self.config.module_budget_bytes // 2:
+                _log.error("pinned tenants from %s on take more than half of module_budget_bytes; raise it", tenant)
+                break
+            if digest:
+                held[digest] = num_bytes
+        self.manager.hold(held)
 
     async def collect_garbage(self) -> None:
         try:

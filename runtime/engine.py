@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -211,6 +211,13 @@ class Engine:
         """Serve the version that was active before the present one."""
         rollback = partial(self._running.parts.store.rollback, if_match=if_match)
         return await self._running.tenants.run(rollback, tenant)
+
+    async def prefetch(self, tenants: Iterable[str]) -> dict[str, bool]:
+        """Bring modules into memory before requests ask for them, as far as there is room that nobody uses.
+
+        Returns for each tenant whether it is in memory now. Raises UnknownTenant.
+        """
+        return await self._running.prefetch(tenants)
 
     # ---- start and stop --------------------------------------------------------------------------------------------
 

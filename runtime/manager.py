@@ -27,6 +27,7 @@ from vbert.header import TenantHeader, read_header
 
 __all__ = ["Manager", "ResidencyListener"]
 
+_HINTS_AT_ONCE = 16  # as many share one batch of self-tests (runtime/pipeline.py)
 _FORGET_FAILURE_S = 1.0  # a broken module asked for in a loop is read at most this often
 _log = logging.getLogger(__name__)
 
@@ -34,6 +35,10 @@ _log = logging.getLogger(__name__)
 def _typical_load_s(num_bytes: int) -> float:
     """Where no profile says better: 1 ms of fixed work, then 1 GB/s."""
     return 1e-3 + num_bytes * 1e-9
+
+
+class _NoRoom(Exception):
+    """A module that nobody waits for finds no free room."""
 
 
 class ResidencyListener(Protocol):
@@ -78,8 +83,10 @@ class Manager:
 
     def __post_init__(self) -> None:
         self._resident: dict[str, _Entry] = {}
-        self._held: frozenset[str] = frozenset()
-        self._loading: dict[str, None] = {}
+        self._held: Mapping[str, int] = {}
+        self._loading: dict[str, asyncio.Future[None]] = {}  # done when the load ended, well or not
+        self._hinted: set[str] = set()  # those of them that no request asked for
+        self._hints = asyncio.Semaphore(_HINTS_AT_ONCE)
         self._bytes: Counter[str] = Counter()
         self._verified: set[str] = set()
         self._failures: dict[str, tuple[VbertError, float]] = {}
@@ -90,7 +97,8 @@ class Manager:
 
     @property
     def loading(self) -> Collection[str]:
-        return self._loading.keys()
+        """Modules on their way for requests, in the order they were asked for."""
+        return self._loading.keys() - self._hinted if self._hinted else self._loading.keys()
 
     @property
     def resident(self) -> Collection[str]:
@@ -109,6 +117,13 @@ class Manager:
             del self._failures[digest]
         entry = self._resident.get(digest)
         return not digest or (entry is not None and not entry.leaving)
+
+    async def num_bytes(self, digest: str) -> int:
+        """What the module takes in memory. Raises what reading its header raises."""
+        if not digest:
+            return 0
+        header = await asyncio.get_running_loop().run_in_executor(self.lane, read_header, self.files(digest))
+        return self.arena.num_bytes(header)
 
     # ---- use -------------------------------------------------------------------------------------------------------
 
@@ -132,8 +147,24 @@ class Manager:
     def load(self, digest: str) -> None:
         """Begin to bring a module in, unless it is here, or on its way in or out."""
         if digest not in self._resident and digest not in self._loading:
-            self._loading[digest] = None
-            self.spawn(self._load(digest))
+            self._begin(digest, patient=True)
+
+    async def prefetch(self, digest: str) -> bool:
+        """Bring a module in if there is free room, for requests that may come; evicts nothing. Whether it is here."""
+        async with self._hints:
+            if digest not in self._resident and digest not in self._loading:
+                self._hinted.add(digest)
+                self._begin(digest, patient=False)
+            if (ended := self._loading.get(digest)) is not None:
+                await asyncio.wait([ended])
+        return digest in self._resident
+
+    def hold(self, modules: Mapping[str, int]) -> None:
+        """Keep these (digest -> bytes) in memory from now on, bring in those that are not, and let others go again."""
+        self._held = modules
+        for digest in modules:
+            self.load(digest)
+        self.recheck()
 
     def drop(self, digest: str) -> None:
         """Evict a module that nobody asks for any more, if it is here and not in use."""
@@ -147,20 +178,27 @@ class Manager:
 
     # ---- loading ---------------------------------------------------------------------------------------------------
 
-    async def _load(self, digest: str) -> None:
+    def _begin(self, digest: str, *, patient: bool) -> None:
+        self._loading[digest] = asyncio.get_running_loop().create_future()
+        self.spawn(self._load(digest, patient))
+
+    async def _load(self, digest: str, patient: bool) -> None:
         started_s, outcome = self.clock.now_s(), "ok"
         try:
-            tenant = await self._bring_in(digest)
+            tenant = await self._bring_in(digest, patient)
             self._resident[digest] = _Entry(tenant)
             self.policy.arrived(digest, tenant.num_bytes, self.load_cost(tenant.num_bytes))
             self.listener.arrived(digest)
+        except _NoRoom:
+            outcome = "no_room"
         except Exception as error:
             explained = _explained(error, digest)
             outcome = explained.code
             self._remember(digest, explained)
             self.listener.failed(digest, explained)
         finally:
-            del self._loading[digest]
+            self._loading.pop(digest).set_result(None)
+            self._hinted.discard(digest)
             self.metrics.loads[outcome] += 1
             self.metrics.load_s.observe(self.clock.now_s() - started_s)
             self.recheck()
@@ -171,10 +209,10 @@ class Manager:
         recent = {other: failure for other, failure in self._failures.items() if failure[1] > now_s}
         self._failures = recent | {digest: (error, now_s + _FORGET_FAILURE_S)}
 
-    async def _bring_in(self, digest: str) -> ResidentTenant:
+    async def _bring_in(self, digest: str, patient: bool) -> ResidentTenant:
         run, path = asyncio.get_running_loop().run_in_executor, self.files(digest)
         header = await run(self.lane, read_header, path)
-        reservation = await self._reserve(header, digest)
+        reservation = await self._reserve(header, digest) if patient else self._reserve_free(header, digest)
         try:
             tenant = await run(self.lane, self.arena.fill, reservation, path)
             if digest not in self._verified:
@@ -185,11 +223,21 @@ class Manager:
             raise
         return replace(tenant, self_tests=())  # replayed once; not worth memory
 
+    def _reserve_free(self, header: TenantHeader, digest: str) -> Reservation:
+        fits = not self._room.locked() and self._missing(self.arena.num_bytes(header)) <= 0
+        reservation = self.arena.reserve(header, digest) if fits else None
+        if reservation is None:
+            raise _NoRoom
+        self._bytes.update(reservation.bytes_by_kind)
+        return reservation
+
     async def _reserve(self, header: TenantHeader, digest: str) -> Reservation:
         need_bytes = self.arena.num_bytes(header)
-        if need_bytes > self.budget_bytes:
+        held_bytes = 0 if digest in self._held else sum(self._held.values())
+        if need_bytes > self.budget_bytes - held_bytes:
             raise ModuleTooLarge(
-                f"the module takes {need_bytes} bytes, module_budget_bytes is {self.budget_bytes}; raise the budget"
+                f"the module takes {need_bytes} bytes, module_budget_bytes is {self.budget_bytes}"
+                f"{f' and pinned tenants hold {held_bytes}' if held_bytes else ''}; raise the budget"
             )
         async with self._room:
             while True:

@@ -183,6 +183,12 @@ class DeletedAnswer(Shape):
     deleted: Literal[True]
 
 
+class PrefetchAnswer(Shape):
+    object: Literal["tenant.prefetch"]
+    id: str
+    resident: bool
+
+
 class LiveAnswer(Shape):
     status: Literal["live"]
 

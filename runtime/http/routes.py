@@ -98,6 +98,8 @@ ROUTES = (
           _TENANT, body=bodies.ActivateBody, conditional=True),
     Route("POST", "/v1/tenants/{id}/rollback", "Make the version active that was so before", _ADMIN, tenants.rollback,
           _TENANT, conditional=True),
+    Route("POST", "/v1/tenants/{id}/prefetch", "Bring a tenant's module into memory, if there is room", _ADMIN,
+          tenants.prefetch, {200: answers.PrefetchAnswer}),
 
     Route("GET", "/health/live", "Is the process alive", PUBLIC, health.live, {200: answers.LiveAnswer},
           while_draining=True),

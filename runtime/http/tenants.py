@@ -25,6 +25,7 @@ __all__ = [
     "list_models",
     "list_tenants",
     "list_versions",
+    "prefetch",
     "put_tenant",
     "rollback",
 ]
@@ -65,6 +66,12 @@ async def activate(call: Call) -> web.Response:
 
 async def rollback(call: Call) -> web.Response:
     return _resource(await call.engine.rollback(call.tenant, if_match=await _if_match(call)))
+
+
+async def prefetch(call: Call) -> web.Response:
+    """Answers when the module is in memory, or found no room that nobody uses."""
+    here = await call.engine.prefetch([call.tenant])
+    return json_response({"object": "tenant.prefetch", "id": call.tenant, "resident": here[call.tenant]})
 
 
 async def list_models(call: Call) -> web.Response:

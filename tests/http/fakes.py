@@ -136,6 +136,10 @@ class FakeEngine:
         await self._called("rollback", tenant, keywords)
         return self._version(tenant, 2)
 
+    async def prefetch(self, tenants):
+        await self._called("prefetch", tenants[0], {})
+        return {tenant: True for tenant in tenants}
+
     async def list_tenants(self, *, after="", limit=1000):
         return [self._version(tenant) for tenant in self.tenants if tenant > after][:limit]
 

@@ -74,7 +74,7 @@ async def test_every_route_refuses_a_key_of_another_scope(keys):
 async def test_every_route_of_a_tenant_refuses_a_key_bound_to_others(keys):
     engine = FakeEngine()
     of_tenants = [route for route in ROUTES if route.names_tenant]
-    assert len(of_tenants) == 12
+    assert len(of_tenants) == 13
     async with served(engine, keys=keys["file"]) as client:
         for tenant, statuses in (("other", {403}), ("absent", {403}), ("acme.a", {200, 201})):
             for route in of_tenants:
