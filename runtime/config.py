@@ -35,6 +35,13 @@ class EngineConfig:
         (), "tenants kept in memory whatever the others need, by name; at most half of module_budget_bytes"
     )
     residency: str = option("lfu", "lfu or lru: which modules leave memory when others need the room")
+    lanes: tuple[str, ...] = option(
+        ("rows", "modules", "compute"), "lanes that run beside the others, of rows, modules and compute, or none"
+    )
+    word_rows: str = option(
+        "memory", "memory, or mapped: word embeddings stay in a file of the store and take no device memory"
+    )
+    trace: str = option("", "write a Chrome trace of the lanes to this file")
     max_batch_tokens: int = option(4096, "tokens in one forward pass")
     max_queue_inputs: int = option(4096, "inputs waiting in the whole engine; beyond it: server_full")
     max_caller_share: float = option(0.5, "part of the queue one caller may fill; beyond it: queue_full")
@@ -55,6 +62,10 @@ class EngineConfig:
         if self.store_dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"store_dtype is {self.store_dtype!r}; use float32 or bfloat16")
         residency_policy(self.residency)
+        if self.lanes != ("none",) and (not self.lanes or set(self.lanes) - {"rows", "modules", "compute"}):
+            raise ConfigError(f"lanes is {','.join(self.lanes)!r}; give some of rows, modules and compute, or none")
+        if self.word_rows not in ("memory", "mapped"):
+            raise ConfigError(f"word_rows is {self.word_rows!r}; use memory or mapped")
         if not 0 < self.max_caller_share <= 1:
             raise ConfigError(f"max_caller_share is {self.max_caller_share}; give a share above 0 and up to 1")
         for option_field in fields(self):

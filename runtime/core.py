@@ -10,6 +10,7 @@ from typing import Any
 from runtime.clock import Clock
 from runtime.config import EngineConfig
 from runtime.dispatcher import CANARY, Dispatcher, Terms
+from runtime.forwards import Forwards
 from runtime.health import Health
 from runtime.lanes import Lanes, usable_cores
 from runtime.loop import ServingLoop
@@ -23,6 +24,7 @@ from runtime.scheduler import BatchPolicy
 from runtime.selftest import SelfTester
 from runtime.tenants import Tenants
 from runtime.threads import ThreadChoice
+from runtime.uploads import Uploads
 from vbert.errors import SelfTestFailed, VbertError
 from vbert.selftest import check_outputs
 
@@ -50,7 +52,20 @@ class Core:
         threads = (
             ThreadChoice((config.compute_threads,)) if config.compute_threads else ThreadChoice.up_to(usable_cores())
         )
-        self.pipeline = Pipeline(parts.model, lanes.compute, threads, clock, metrics)
+        self.uploads = Uploads(parts.device, overlapped="modules" in config.lanes, trace=parts.trace)
+        forwards = Forwards(
+            parts.model,
+            parts.device,
+            lanes.compute,
+            clock=clock,
+            threads=threads,
+            rows=lanes.rows if "rows" in config.lanes else None,
+            results=lanes.results,
+            overlapped="compute" in config.lanes,
+            source=parts.words,
+            trace=parts.trace,
+        )
+        self.pipeline = Pipeline(forwards, clock, metrics)
         self.dispatcher = Dispatcher(
             config=config,
             tokenizer=parts.tokenizer,

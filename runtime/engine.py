@@ -227,7 +227,7 @@ class Engine:
             raise ConfigError("the engine was started before; make a new one")
         loop, lanes = asyncio.get_running_loop(), Lanes.open(self.config.compute_threads)
         try:
-            parts = await loop.run_in_executor(lanes.compute, load_parts, self.config)
+            parts = await loop.run_in_executor(lanes.compute, load_parts, self.config, self._clock)
         except BaseException:
             lanes.close()
             raise
@@ -272,7 +272,7 @@ class Engine:
         await core.collect_garbage()
         core.tenants.closed = True
         await asyncio.to_thread(core.lanes.close)
-        core.parts.store.close()
+        await asyncio.to_thread(core.parts.close)
         self._core = None
 
     async def _submit(

@@ -17,7 +17,8 @@ _M_ARENA_MAX = -8  # of malloc.h
 
 @dataclass(frozen=True, slots=True)
 class Lanes:
-    """compute: every forward pass, one at a time. loader: module files. tokenizer: long texts. store: the catalogue.
+    """compute: every forward pass, one at a time. rows: packs batches and gathers their rows ahead of it. results:
+    waits for the answers of a device that runs ahead. loader: module files. tokenizer: long texts. store: the catalogue.
     imports: checkpoints being read and converted, which may take seconds.
 
     Only the compute lane uses more than one core: OpenMP has one pool a launching thread, and a second pool that spins
@@ -25,6 +26,8 @@ class Lanes:
     """
 
     compute: ThreadPoolExecutor
+    rows: ThreadPoolExecutor
+    results: ThreadPoolExecutor
     loader: ThreadPoolExecutor
     tokenizer: ThreadPoolExecutor
     store: ThreadPoolExecutor
@@ -36,6 +39,8 @@ class Lanes:
         cores = compute_threads or usable_cores()
         return cls(
             compute=_lane("compute", 1, cores),
+            rows=_lane("rows", 1, 1),
+            results=_lane("results", 1, 1),
             loader=_lane("loader", 2, 1),
             tokenizer=_lane("tokenizer", 1, 1),
             store=_lane("store", 1, 1),
@@ -44,7 +49,7 @@ class Lanes:
 
     def close(self) -> None:
         """Finish what was begun, then end. Callers see to it that nothing new comes."""
-        for lane in (self.imports, self.tokenizer, self.loader, self.compute, self.store):
+        for lane in (self.imports, self.tokenizer, self.loader, self.rows, self.compute, self.results, self.store):
             lane.shutdown(wait=True)
 
 

@@ -1,7 +1,7 @@
-"""The compute lane: one named thread that runs batches one after the other. Knows sequences, no requests and no queue.
+"""Batches in flight, as the event loop sees them: launched in order, told when they end, and what they should take.
 
-With one batch computing and one launched behind it, the thread never waits for the event loop. A batch that fails is
-run again tenant by tenant, so that what is wrong with one tenant stays its own trouble.
+With one batch computing and one launched behind it, the lanes never wait for the event loop. What happens to a batch on
+them is in runtime/forwards.py.
 """
 
 from __future__ import annotations
@@ -9,48 +9,33 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor, Future
-from dataclasses import dataclass, replace
+from concurrent.futures import Future
 from functools import partial
-from itertools import compress, groupby, islice
+from itertools import count, islice
 
-import torch
 from torch import Tensor
 
 from runtime.clock import Clock
 from runtime.errors import ComputeFailed
+from runtime.forwards import Computed, Forwards, Launch, Outcome
 from runtime.metrics import Metrics
-from runtime.threads import ThreadChoice
 from runtime.throughput import Throughput
-from vbert.arena import ResidentTenant
 from vbert.errors import VbertError
-from vbert.model import Model, SequenceInput
+from vbert.model import SequenceInput
 
 __all__ = ["Outcome", "Pipeline"]
 
-Outcome = Tensor | VbertError
 _Replay = tuple[Sequence[SequenceInput], asyncio.Future[list[Tensor]]]
-_LEFT = ComputeFailed("nobody waits for this answer any more")  # and so nobody will read this
 _REPLAYED_AT_ONCE = 16  # modules: short enough for the requests that wait behind
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class _Computed:
-    outcomes: list[Outcome]
-    num_tokens: int
-    compute_s: float
-    num_threads: int
-    reran: bool
-
-
 class Pipeline:
-    """`launch` from the event loop; `done` is called on it. State is touched by the event loop only, but for the choice
-    of threads, which the compute thread makes and learns."""
+    """`launch` from the event loop; `done` is called on it. State is touched by the event loop only."""
 
-    def __init__(self, model: Model, lane: Executor, threads: ThreadChoice, clock: Clock, metrics: Metrics) -> None:
-        self._model, self._lane, self._clock, self._metrics = model, lane, clock, metrics
-        self._threads = threads
+    def __init__(self, forwards: Forwards, clock: Clock, metrics: Metrics) -> None:
+        self._forwards, self._clock, self._metrics = forwards, clock, metrics
+        self._ids = count()
         self._throughput = Throughput()
         self._replays: list[_Replay] = []
         self._replaying = False
@@ -80,7 +65,7 @@ class Pipeline:
         """Compute a batch after those launched before it; then `done(outcomes, compute_s)`, outcomes in the order of
         `sequences`, each the raw output of its head or the error of its tenant.
 
-        `wanted` is asked on the compute thread when the batch begins: which sequences still have a caller.
+        `wanted` is asked on the lanes' threads when the batch begins: which sequences still have a caller.
         """
         num_tokens = sum(len(s.token_ids) for s in sequences)
         self._expect(num_tokens)
@@ -88,8 +73,8 @@ class Pipeline:
             self._moved_s = self._clock.now_s()
         self.in_flight += 1
         loop = asyncio.get_running_loop()
-        finished = partial(self._finished, done)
-        future = self._lane.submit(self._begin, sequences, num_tokens, wanted)
+        finished = partial(self._finished, done, len(sequences))
+        future = self._forwards.submit(Launch(next(self._ids), sequences, wanted))
         future.add_done_callback(lambda computed: loop.call_soon_threadsafe(finished, computed))
 
     async def replay(self, sequences: Sequence[SequenceInput]) -> list[Tensor]:
@@ -129,10 +114,16 @@ class Pipeline:
         start_s = max(self._clock.now_s(), self.busy_until_s or 0.0)
         self._busy_until_s = None if seconds is None else start_s + seconds
 
-    def _finished(self, done: Callable[[Sequence[Outcome], float], None], future: Future[_Computed]) -> None:
-        computed = future.result()
+    def _finished(
+        self, done: Callable[[Sequence[Outcome], float], None], num_sequences: int, future: Future[Computed]
+    ) -> None:
         self.in_flight -= 1
         self._moved_s = self._clock.now_s()
+        if (error := future.exception()) is not None:
+            _log.critical("a batch was lost", exc_info=error)
+            done([ComputeFailed(f"the batch was lost ({error!r}); report the log")] * num_sequences, 0.0)
+            return
+        computed = future.result()
         if computed.num_tokens:
             self._throughput.observe(computed.num_tokens, computed.compute_s)
         self._metrics.compute_threads = computed.num_threads
@@ -141,71 +132,3 @@ class Pipeline:
         self._metrics.compute_busy_s += computed.compute_s
         self._metrics.reruns += computed.reran
         done(computed.outcomes, computed.compute_s)
-
-    # ---- on the compute thread -------------------------------------------------------------------------------------
-
-    def _begin(
-        self, sequences: Sequence[SequenceInput], num_tokens: int, wanted: Callable[[], Iterable[bool]] | None
-    ) -> _Computed:
-        """The batch without the sequences whose callers left while it waited for the one before it."""
-        keep = [True] * len(sequences) if wanted is None else list(wanted())
-        if all(keep):
-            return self._compute(sequences, num_tokens)
-        present = list(compress(sequences, keep))
-        computed = _Computed([], 0, 0.0, torch.get_num_threads(), False)
-        if present:
-            computed = self._compute(present, sum(len(s.token_ids) for s in present))
-        outcomes = iter(computed.outcomes)
-        return replace(computed, outcomes=[next(outcomes) if kept else _LEFT for kept in keep])
-
-    def _compute(self, sequences: Sequence[SequenceInput], num_tokens: int) -> _Computed:
-        # Chosen now and not at the launch: the batch before, which may have collapsed, is known.
-        num_threads = self._threads.choose(num_tokens)
-        started_s = self._clock.now_s()
-        if torch.get_num_threads() != num_threads:
-            torch.set_num_threads(num_threads)
-        try:
-            outcomes: list[Outcome] = list(self._forward(sequences))
-        except Exception as error:
-            _log.error("a batch of %d sequences failed; trying tenant by tenant", len(sequences), exc_info=error)
-            outcomes = []
-        reran = not outcomes or not all(map(_is_finite, outcomes))
-        if reran:
-            groups = groupby(sequences, key=lambda sequence: sequence.tenant)
-            outcomes = [outcome for _, group in groups for outcome in self._alone(list(group))]
-        compute_s = self._clock.now_s() - started_s
-        if not reran:
-            self._threads.observe(num_threads, num_tokens, compute_s)
-        return _Computed(outcomes, num_tokens, compute_s, num_threads, reran)
-
-    def _alone(self, sequences: list[SequenceInput]) -> list[Outcome]:
-        """The sequences of one tenant, whose errors concern nobody else."""
-        try:
-            outputs = self._forward(sequences)
-        except Exception as error:
-            _log.error("a batch of one tenant failed", exc_info=error)
-            return [ComputeFailed(f"the forward pass of this tenant failed: {error}")] * len(sequences)
-        broken = ComputeFailed("the tenant gave numbers that are not finite for this input; look at its training")
-        return [output if _is_finite(output) else broken for output in outputs]
-
-    def _forward(self, sequences: Sequence[SequenceInput]) -> list[Tensor]:
-        batch = self._model.pack(
-            sequences
-        )  # here, not on the loop: about 1 ms, and what it raises is a batch's failure
-        _check_owned(batch.tenants)
-        outputs = self._model.forward(batch)
-        _check_owned(batch.tenants)
-        return outputs
-
-
-def _check_owned(tenants: Iterable[ResidentTenant]) -> None:
-    """The last line against the worst bug: no answer leaves that was computed with another tenant's module."""
-    for tenant in tenants:
-        if not tenant.owned():
-            raise ComputeFailed(
-                f"the slots of {tenant.digest[:12]} changed hands while in use; this is a bug, report it"
-            )
-
-
-def _is_finite(outcome: Outcome) -> bool:
-    return isinstance(outcome, Tensor) and bool(outcome.isfinite().all())

@@ -18,6 +18,7 @@ from vbert.attention import PackedAttention, RelativeBias
 from vbert.batch import PackedRows
 from vbert.config import EMBEDDING_LAYER, EncoderConfig
 from vbert.deltas import BatchDeltas
+from vbert.rows import RowSource
 from vbert.workspace import Workspace
 
 __all__ = ["Encoder"]
@@ -53,10 +54,16 @@ class Encoder:
     """A frozen encoder in one dtype on one device. Source: Devlin et al. 2019, arXiv:1810.04805."""
 
     def __init__(
-        self, config: EncoderConfig, weights: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+        self,
+        config: EncoderConfig,
+        weights: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+        words: RowSource | None = None,
     ) -> None:
-        """weights: the canonical float32 tensors of vbert/formats/transformers_folder.py."""
-        self.config, self.dtype = config, dtype
+        """weights: the canonical float32 tensors of vbert/formats/transformers_folder.py. words: the word embeddings,
+        of this dtype, where they are not to be kept in memory."""
+        self.config, self.dtype, self._device, self._words = config, dtype, device, words
 
         def get(name: str) -> Tensor:
             return weights[name].to(device=device, dtype=dtype)
@@ -71,7 +78,8 @@ class Encoder:
             parts = [linear(f"{prefix}.{site}") for site in ("q", "k", "v")]
             return _Linear(torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts]))
 
-        self._word, self._position = get("word_embeddings"), get("position_embeddings")
+        self._word = get("word_embeddings") if words is None else None
+        self._position = get("position_embeddings")
         self._type = get("type_embeddings") if config.type_vocab_size else None
         self._emb_norm = norm("emb_norm")
         self._layers = tuple(
@@ -87,13 +95,21 @@ class Encoder:
         )
         self._relative = RelativeBias(get("relative_attention_bias")) if config.relative_buckets else None
 
-    def embed(self, rows: PackedRows, deltas: BatchDeltas) -> Tensor:
-        """Token rows to the hidden states that enter layer 0, [T, H]."""
-        hidden = F.embedding(rows.token_ids, self._word)
+    def embed(self, rows: PackedRows, deltas: BatchDeltas, word_rows: Tensor | None = None) -> Tensor:
+        """Token rows to the hidden states that enter layer 0, [T, H]. word_rows: [T, H], read in place of a look-up."""
+        hidden = self._word_rows(rows) if word_rows is None else word_rows.clone()
         if self._type is not None:
             hidden = hidden.add_(F.embedding(rows.type_ids, self._type))
         hidden = hidden.add_(F.embedding(rows.position_ids, self._position))
         return self._normed(hidden, self._emb_norm, EMBEDDING_LAYER, "emb_norm", deltas)
+
+    def _word_rows(self, rows: PackedRows) -> Tensor:
+        if self._words is None:
+            assert self._word is not None
+            return F.embedding(rows.token_ids, self._word)
+        gathered = torch.empty(len(rows.token_ids), self._words.width, dtype=self.dtype)
+        self._words.gather(rows, gathered)
+        return gathered.to(self._device)
 
     def attention(self, rows: PackedRows) -> PackedAttention:
         """The attention of this batch, for every `layer` call."""

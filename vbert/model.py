@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from vbert.arena import ResidentTenant
 from vbert.batch import PackedRows
-from vbert.config import EncoderConfig
+from vbert.config import EMBEDDING_LAYER, EncoderConfig
 from vbert.deltas import BatchDeltas
 from vbert.encoder import Encoder
-from vbert.errors import KernelUnavailable
+from vbert.errors import KernelUnavailable, ShapeError
+from vbert.feed import Feed
 from vbert.formats.transformers_folder import Backbone
 from vbert.heads import run_heads
+from vbert.rows import RowSource
 from vbert.tenant import Dense, Head
 from vbert.workspace import Workspace
 
@@ -65,10 +68,18 @@ class PackedBatch:
 class Model:
     """A frozen backbone ready to compute. Holds no tenants: a batch brings its own."""
 
-    def __init__(self, backbone: Backbone, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, backbone: Backbone, dtype: torch.dtype, device: torch.device, words: RowSource | None = None
+    ) -> None:
+        """words: the word embeddings where they are not to be kept in memory. Raises ShapeError if they do not fit."""
+        if words is not None and (words.dtype, words.width) != (dtype, backbone.config.hidden_size):
+            raise ShapeError(
+                f"the word rows are {words.width} numbers of {words.dtype}, the model's are "
+                f"{backbone.config.hidden_size} of {dtype}; make the table again"
+            )
         self.config, self.embed_head = backbone.config, backbone.embed_head
         self.fingerprint, self.dtype, self.device = backbone.fingerprint, dtype, device
-        self.encoder = Encoder(backbone.config, backbone.weights, dtype, device)
+        self.encoder = Encoder(backbone.config, backbone.weights, dtype, device, words)
         self._spaces: list[Workspace] = []  # those no forward uses now
         weights = backbone.weights
         self._pooler = (
@@ -78,36 +89,62 @@ class Model:
         )
 
     @classmethod
-    def load(cls, backbone: Backbone, dtype: str = "auto", device: str = "auto") -> Model:
+    def load(
+        cls, backbone: Backbone, dtype: str = "auto", device: str = "auto", words: RowSource | None = None
+    ) -> Model:
         """dtype, device: as in EngineConfig. Raises KernelUnavailable for a device that has no operators."""
         resolved = resolve_device(device)
-        return cls(backbone, resolve_dtype(dtype), resolved)
+        return cls(backbone, resolve_dtype(dtype), resolved, words)
 
     def pack(self, sequences: Sequence[SequenceInput]) -> PackedBatch:
         return PackedBatch.build(sequences, self.config, self.embed_head)
 
     @torch.inference_mode()
-    def hidden(self, batch: PackedBatch) -> Tensor:
+    def hidden(self, batch: PackedBatch, feed: Feed | None = None) -> Tensor:
         """Last hidden states in packed order, [T, H]. Any number of threads may call it."""
+        feed = feed or _Nothing()
         try:
             space = self._spaces.pop()
         except IndexError:
             space = Workspace(self.dtype, self.device)
         attention = self.encoder.attention(batch.rows)
-        hidden = self.encoder.embed(batch.rows, batch.deltas)
+        feed.before_layer(EMBEDDING_LAYER)
+        hidden = self.encoder.embed(batch.rows, batch.deltas, feed.word_rows())
         for i in range(self.config.num_layers):
+            feed.before_layer(i)
             hidden = self.encoder.layer(i, hidden, attention, batch.deltas, space)
         self._spaces.append(space)
         return hidden
 
-    @torch.inference_mode()
-    def forward(self, batch: PackedBatch) -> list[Tensor]:
+    def forward(self, batch: PackedBatch, feed: Feed | None = None) -> list[Tensor]:
         """The raw answer of each sequence, in the order they were given to `pack`: float32, see vbert/heads.py."""
-        packed = run_heads(self.hidden(batch), batch.rows.cu_seqlens, batch.heads, self._pooler)
-        answers: list[Tensor] = [packed[0]] * len(packed)
-        for j, i in enumerate(batch.order):
-            answers[i] = packed[j]
-        return answers
+        return self.launch(batch, feed)()
+
+    @torch.inference_mode()
+    def launch(self, batch: PackedBatch, feed: Feed | None = None) -> Callable[[], list[Tensor]]:
+        """Begin a forward on this thread's stream; what it returns waits for the end and gives what `forward` gives."""
+        feed = feed or _Nothing()
+        hidden = self.hidden(batch, feed)
+        feed.before_layer(self.config.num_layers)
+        packed = run_heads(hidden, batch.rows.cu_seqlens, batch.heads, self._pooler)
+        return partial(_in_order_given, packed, batch.order)
+
+
+class _Nothing:
+    """The feed of a forward that has everything."""
+
+    def word_rows(self) -> None:
+        return None
+
+    def before_layer(self, i: int) -> None:
+        pass
+
+
+def _in_order_given(packed: Sequence[Tensor], order: Sequence[int]) -> list[Tensor]:
+    answers: list[Tensor] = [packed[0]] * len(packed)
+    for j, i in enumerate(order):
+        answers[i] = packed[j]
+    return answers
 
 
 def resolve_device(device: str) -> torch.device:

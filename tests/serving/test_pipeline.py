@@ -11,8 +11,10 @@ import torch
 
 from runtime.clock import MonotonicClock
 from runtime.errors import ComputeFailed
+from runtime.forwards import Forwards
 from runtime.metrics import Metrics
 from runtime.pipeline import Pipeline
+from runtime.streams import CpuDevice
 from runtime.threads import ThreadChoice
 from tests.serving.helpers import Dense
 from vbert.arena import Arena
@@ -29,15 +31,15 @@ class FlakyModel(Model):
     raises: frozenset[str] = frozenset()
     poison = -1
 
-    def forward(self, batch):
+    def launch(self, batch, feed=None):
         if {tenant.digest for tenant in batch.tenants} & self.raises:
             raise RuntimeError("out of luck")
-        outputs = super().forward(batch)
+        outputs = super().launch(batch, feed)()
         starts = [int(batch.rows.token_ids[batch.rows.cu_seqlens[j]]) for j in range(len(batch.order))]
         for j, i in enumerate(batch.order):
             if starts[j] == self.poison:
                 outputs[i] = outputs[i] * float("nan")
-        return outputs
+        return lambda: outputs
 
 
 @pytest.fixture
@@ -45,10 +47,16 @@ def model(backbone):
     return FlakyModel(backbone, *WIDE)
 
 
+def make_pipeline(model, lane, threads):
+    clock = MonotonicClock()
+    forwards = Forwards(model, CpuDevice(clock), lane, clock=clock, threads=threads)
+    return Pipeline(forwards, clock, Metrics())
+
+
 @pytest.fixture
 async def pipeline(model):
     with ThreadPoolExecutor(1) as lane:
-        yield Pipeline(model, lane, ThreadChoice((1,)), MonotonicClock(), Metrics())
+        yield make_pipeline(model, lane, ThreadChoice((1,)))
 
 
 @pytest.fixture
@@ -106,7 +114,7 @@ async def test_threads_are_chosen_when_the_batch_before_is_known(model, tenants)
     """Batches are launched ahead of time; one that collapses must not draw the next into it."""
     threads = Told()
     with ThreadPoolExecutor(1) as lane:
-        pipeline = Pipeline(model, lane, threads, MonotonicClock(), Metrics())
+        pipeline = make_pipeline(model, lane, threads)
         await asyncio.gather(*[run(pipeline, sequences(tenants[1])) for _ in range(3)])
     assert threads.seen == ["choose", "observe"] * 3
 

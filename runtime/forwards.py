@@ -1,0 +1,317 @@
+"""What happens to one batch on the threads of the lanes: rows, compute, results. Knows sequences, no event loop.
+
+Batches pass every lane in the order they came. A batch that fails is run again tenant by tenant, so that what is wrong
+with one tenant stays its own trouble.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import compress, groupby
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from runtime.clock import Clock
+from runtime.errors import ComputeFailed
+from runtime.staging import Prepared, Preparer, Ring
+from runtime.streams import Device, Event, Stream
+from runtime.threads import ThreadChoice
+from runtime.trace import Trace
+from vbert.arena import ResidentTenant
+from vbert.errors import VbertError
+from vbert.model import Model, SequenceInput
+from vbert.rows import RowSource
+
+__all__ = ["Arriving", "Computed", "Forwards", "Launch", "Outcome"]
+
+Outcome = Tensor | VbertError
+_LEFT = ComputeFailed("nobody waits for this answer any more")  # and so nobody will read this
+_IN_RING = 2  # the batch that computes and the one that is prepared meanwhile
+_log = logging.getLogger(__name__)
+
+
+class Arriving(Protocol):
+    """A module on its way to the device."""
+
+    def wait(self, layer: int, stream: Stream) -> None: ...
+    def done(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One batch as it was asked for. wanted: which sequences still have a caller; None: all have."""
+
+    batch_id: int
+    sequences: Sequence[SequenceInput]
+    wanted: Callable[[], Iterable[bool]] | None = None
+
+    def keep(self) -> list[bool]:
+        return [True] * len(self.sequences) if self.wanted is None else list(self.wanted())
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """outcomes: of every sequence of the launch. num_tokens: those computed. reran: tenant by tenant after a failure."""
+
+    outcomes: list[Outcome]
+    num_tokens: int
+    compute_s: float
+    num_threads: int
+    reran: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Early:
+    """What the rows thread did for a launch: the sequences it kept, and the batch if it kept any."""
+
+    keep: list[bool]
+    prepared: Prepared | None
+
+
+@dataclass(slots=True, kw_only=True)
+class _Running:
+    """A batch that was issued. finish: waits for its answers; None: it could not be issued."""
+
+    launch: Launch
+    keep: list[bool]
+    sequences: list[SequenceInput]
+    num_tokens: int
+    num_threads: int
+    started_s: float
+    begin: Event
+    end: Event
+    finish: Callable[[], list[Tensor]] | None
+    answer: Future[Computed]
+
+
+@dataclass(frozen=True, slots=True)
+class _LaneFeed:
+    """What the other lanes bring to a forward."""
+
+    prepared: Prepared
+    arriving: Sequence[Arriving]
+    stream: Stream
+
+    def word_rows(self) -> Tensor | None:
+        return self.prepared.word_rows(self.stream)
+
+    def before_layer(self, i: int) -> None:
+        for arrival in self.arriving:
+            arrival.wait(i, self.stream)
+
+
+def _none_arriving(_: ResidentTenant) -> Arriving | None:
+    return None
+
+
+class Forwards:
+    """Every forward of an engine. The compute thread issues all of them, and does the work of a lane that is off."""
+
+    def __init__(
+        self,
+        model: Model,
+        device: Device,
+        compute: Executor,
+        *,
+        clock: Clock,
+        threads: ThreadChoice,
+        rows: Executor | None = None,
+        results: Executor | None = None,
+        overlapped: bool = True,
+        source: RowSource | None = None,
+        arriving: Callable[[ResidentTenant], Arriving | None] = _none_arriving,
+        trace: Trace | None = None,
+    ) -> None:
+        """compute, rows, results: one thread each; results is for a device that runs ahead. overlapped: whether
+        anything of a batch happens before the one before it has ended."""
+        self._model, self._device, self._clock, self._threads = model, device, clock, threads
+        self._compute, self._rows, self._overlapped = compute, rows, overlapped
+        self._results = results if device.runs_ahead and overlapped else None
+        self._arriving, self._trace = arriving, trace
+        self.ring = Ring(device, _IN_RING)
+        self._ahead = Preparer(model, source, self.ring, device.stream("rows"))
+        self._inline = Preparer(model, source, Ring(device, 1), device.compute)
+
+    def submit(self, launch: Launch) -> Future[Computed]:
+        """Compute a batch after those submitted before it. Only a bug of ours makes the future raise."""
+        answer: Future[Computed] = Future()
+        early = self._rows.submit(self._prepare, launch) if self._rows and self._overlapped else None
+        self._compute.submit(self._run, launch, early, answer)
+        return answer
+
+    # ---- on the rows thread ------------------------------------------------------------------------------------------
+
+    def _prepare(self, launch: Launch) -> _Early:
+        keep = launch.keep()
+        sequences = list(compress(launch.sequences, keep))
+        return _Early(keep, self._ahead(sequences) if sequences else None)
+
+    # ---- on the compute thread ---------------------------------------------------------------------------------------
+
+    def _run(self, launch: Launch, early: Future[_Early] | None, answer: Future[Computed]) -> None:
+        with _told(answer):
+            running = self._issue(launch, early, answer)
+            if running is None:
+                answer.set_result(Computed([_LEFT] * len(launch.sequences), 0, 0.0, torch.get_num_threads(), False))
+            elif self._results is None:
+                self._settle(running)
+            else:
+                self._results.submit(self._settle, running)
+
+    def _issue(self, launch: Launch, early: Future[_Early] | None, answer: Future[Computed]) -> _Running | None:
+        """Issue the forward of those that still have a caller; None: nobody has."""
+        stream, finish = self._device.compute, None
+        if early is None and self._rows is not None:
+            early = self._rows.submit(self._prepare, launch)
+        prepared, error, keep = self._received(launch, early)
+        sequences = list(compress(launch.sequences, keep))
+        if not sequences:
+            return None
+        num_tokens = sum(len(s.token_ids) for s in sequences)
+        num_threads = self._use_threads(num_tokens)
+        started_s, begin = self._clock.now_s(), stream.record()
+        try:
+            if error is not None:
+                raise error
+            finish = self._launch(prepared or self._inline(sequences), launch.batch_id)
+        except Exception as failure:
+            _log.error("a batch of %d sequences failed; trying tenant by tenant", len(sequences), exc_info=failure)
+        return _Running(
+            launch=launch,
+            keep=keep,
+            sequences=sequences,
+            num_tokens=num_tokens,
+            num_threads=num_threads,
+            started_s=started_s,
+            begin=begin,
+            end=stream.record(),
+            finish=finish,
+            answer=answer,
+        )
+
+    def _received(
+        self, launch: Launch, future: Future[_Early] | None
+    ) -> tuple[Prepared | None, Exception | None, list[bool]]:
+        """What the rows thread prepared, if it still is what callers wait for, or what went wrong there."""
+        keep = launch.keep()  # asked again: a batch may have waited for long
+        if future is None:
+            return None, None, keep
+        try:
+            early = future.result()
+        except Exception as error:
+            return None, error, keep
+        if early.prepared is None or early.keep == keep:
+            return early.prepared, None, keep
+        early.prepared.drop(self._device.compute)
+        return None, None, keep
+
+    def _use_threads(self, num_tokens: int) -> int:
+        """Chosen now and not at the launch: the batch before, which may have collapsed, is known."""
+        if self._device.runs_ahead:
+            return torch.get_num_threads()
+        num_threads = self._threads.choose(num_tokens)
+        if torch.get_num_threads() != num_threads:
+            torch.set_num_threads(num_threads)
+        return num_threads
+
+    def _launch(self, prepared: Prepared, batch_id: int) -> Callable[[], list[Tensor]]:
+        tenants, stream = prepared.batch.tenants, self._device.compute
+        with prepared.read_by(stream), stream.current():
+            _check_owned(tenants)
+            arriving = [a for tenant in tenants if (a := self._arriving(tenant)) is not None and not a.done()]
+            finish = self._model.launch(prepared.batch, _LaneFeed(prepared, arriving, stream))
+        if self._trace is not None:
+            num_tokens = len(prepared.batch.rows.token_ids)
+            self._trace.span("rows", prepared.begin, prepared.end, f"batch {batch_id}", tokens=num_tokens)
+
+        def answers() -> list[Tensor]:
+            outputs = finish()
+            _check_owned(tenants)
+            return outputs
+
+        return answers
+
+    # ---- on the results thread, else on the compute thread -----------------------------------------------------------
+
+    def _settle(self, running: _Running) -> None:
+        """Wait for the answers of a batch, and give them out if there is nothing wrong with any."""
+        with _told(running.answer):
+            outcomes = self._collected(running)
+            if outcomes and all(map(_is_finite, outcomes)):
+                compute_s = running.end.since_s(running.begin)
+                if not self._device.runs_ahead:
+                    self._threads.observe(running.num_threads, running.num_tokens, compute_s)
+                self._tell(running, outcomes, compute_s, reran=False)
+            elif self._results is None:
+                self._rerun(running)
+            else:
+                self._compute.submit(self._rerun, running)
+
+    def _collected(self, running: _Running) -> list[Outcome]:
+        """Empty where the batch failed."""
+        if running.finish is None:
+            return []
+        begin = self._trace.now() if self._trace is not None else None
+        try:
+            outcomes: list[Outcome] = list(running.finish())
+            running.end.synchronize()
+        except Exception as error:
+            _log.error("a batch of %d sequences failed; trying tenant by tenant", len(running.keep), exc_info=error)
+            return []
+        if self._trace is not None and begin is not None:
+            name, tenants = f"batch {running.launch.batch_id}", len({s.tenant for s in running.sequences})
+            self._trace.span("compute", running.begin, running.end, name, tokens=running.num_tokens, tenants=tenants)
+            self._trace.span("results", begin, self._trace.now(), name, sequences=len(outcomes))
+            self._trace.flush()
+        return outcomes
+
+    def _tell(self, running: _Running, outcomes: list[Outcome], compute_s: float, *, reran: bool) -> None:
+        left = iter(outcomes)
+        every = [next(left) if kept else _LEFT for kept in running.keep]
+        running.answer.set_result(Computed(every, running.num_tokens, compute_s, running.num_threads, reran))
+
+    # ---- on the compute thread, after a failure ----------------------------------------------------------------------
+
+    def _rerun(self, running: _Running) -> None:
+        with _told(running.answer):
+            groups = groupby(running.sequences, key=lambda sequence: sequence.tenant)
+            outcomes = [outcome for _, group in groups for outcome in self._alone(list(group), running.launch.batch_id)]
+            self._tell(running, outcomes, self._clock.now_s() - running.started_s, reran=True)
+
+    def _alone(self, sequences: list[SequenceInput], batch_id: int) -> list[Outcome]:
+        """The sequences of one tenant, whose errors concern nobody else."""
+        try:
+            outputs = self._launch(self._inline(sequences), batch_id)()
+        except Exception as error:
+            _log.error("a batch of one tenant failed", exc_info=error)
+            return [ComputeFailed(f"the forward pass of this tenant failed: {error}")] * len(sequences)
+        broken = ComputeFailed("the tenant gave numbers that are not finite for this input; look at its training")
+        return [output if _is_finite(output) else broken for output in outputs]
+
+
+@contextmanager
+def _told(answer: Future[Computed]) -> Iterator[None]:
+    """Whoever waits for a batch learns of what goes wrong with it, even if that is a bug of ours."""
+    try:
+        yield
+    except BaseException as error:
+        answer.set_exception(error)
+
+
+def _check_owned(tenants: Iterable[ResidentTenant]) -> None:
+    """The last line against the worst bug: no answer leaves that was computed with another tenant's module."""
+    for tenant in tenants:
+        if not tenant.owned():
+            raise ComputeFailed(
+                f"the slots of {tenant.digest[:12]} changed hands while in use; this is a bug, report it"
+            )
+
+
+def _is_finite(outcome: Outcome) -> bool:
+    return isinstance(outcome, Tensor) and bool(outcome.isfinite().all())

@@ -1,0 +1,134 @@
+"""Lane 1: a batch is packed, its rows are gathered in pinned memory and sent to the device, beside the one before it.
+
+A staging buffer is a piece of pinned memory and one of device memory. Who holds one gives it back whatever happens, and
+a thread that takes one never waits for a thread that waits for it: the rows thread has a ring, the compute thread
+a buffer of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+import torch
+from torch import Tensor
+
+from runtime.streams import Device, Event, Stream
+from vbert.batch import PackedRows
+from vbert.model import Model, PackedBatch, SequenceInput
+from vbert.rows import RowSource
+
+__all__ = ["Prepared", "Preparer", "Ring", "Staging"]
+
+
+class Staging:
+    """Room for the rows of one batch; it grows to the largest one seen."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._host = self._dev = torch.empty(0, dtype=torch.uint8)
+        self._rows = self._dev  # [T, width], the part that holds the present batch
+        self._copied: Event | None = None
+        self._consumed: Event | None = None
+
+    def fill(self, source: RowSource, rows: PackedRows, stream: Stream) -> None:
+        """Gather the rows of a batch and send them on `stream`. Raises what the source raises."""
+        num_rows, num_bytes = len(rows.token_ids), len(rows.token_ids) * source.width * source.dtype.itemsize
+        if self._copied is not None:
+            self._copied.synchronize()  # the copy before still reads the pinned memory
+        if num_bytes > len(self._host):
+            self._host, self._dev = self._device.pinned(num_bytes), self._device.empty(num_bytes)
+        host, self._rows = (
+            memory[:num_bytes].view(source.dtype).view(num_rows, source.width) for memory in (self._host, self._dev)
+        )
+        source.gather(rows, host)
+        if self._consumed is not None:
+            stream.wait(self._consumed)  # the forward before still reads the device memory
+        stream.copy(self._rows, host)
+        self._copied = stream.record()
+
+    def rows(self, stream: Stream) -> Tensor:
+        """[T, width] on the device; what is issued to `stream` from now on begins after they have arrived."""
+        assert self._copied is not None
+        stream.wait(self._copied)
+        stream.uses(self._rows)
+        return self._rows
+
+    def leave(self, stream: Stream) -> None:
+        """What was issued to `stream` is the last that reads these rows."""
+        self._consumed = stream.record()
+
+
+class Ring:
+    """Staging buffers that go from hand to hand."""
+
+    def __init__(self, device: Device, size: int) -> None:
+        self._free: SimpleQueue[Staging] = SimpleQueue()
+        self.size = size
+        for _ in range(size):
+            self._free.put(Staging(device))
+
+    @property
+    def num_free(self) -> int:
+        return self._free.qsize()
+
+    def take(self) -> Staging:
+        """Blocks until one is free."""
+        return self._free.get()
+
+    def give_back(self, staging: Staging) -> None:
+        self._free.put(staging)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A packed batch whose rows are on their way. begin, end: of its preparation, on the stream that did it."""
+
+    batch: PackedBatch
+    begin: Event
+    end: Event
+    ring: Ring
+    staging: Staging | None
+
+    def word_rows(self, stream: Stream) -> Tensor | None:
+        return None if self.staging is None else self.staging.rows(stream)
+
+    @contextmanager
+    def read_by(self, stream: Stream) -> Iterator[None]:
+        """Inside the block the batch is issued to `stream`; then its buffer is free for the next one."""
+        try:
+            yield
+        finally:
+            self.drop(stream)
+
+    def drop(self, stream: Stream) -> None:
+        """Give the buffer back; `stream` is the only one that may still read it."""
+        if self.staging is not None:
+            self.staging.leave(stream)
+            self.ring.give_back(self.staging)
+
+
+class Preparer:
+    """Packs and gathers on the thread that calls it, and sends on one stream. source None: a forward looks up itself."""
+
+    def __init__(self, model: Model, source: RowSource | None, ring: Ring, stream: Stream) -> None:
+        self._model, self._source, self._ring, self._stream = model, source, ring, stream
+
+    def __call__(self, sequences: Sequence[SequenceInput]) -> Prepared:
+        """Raises what packing or the source raises, with no buffer taken."""
+        begin = self._stream.record()
+        batch = self._model.pack(sequences)
+        staging = self._filled(batch.rows) if self._source is not None else None
+        return Prepared(batch, begin, self._stream.record(), self._ring, staging)
+
+    def _filled(self, rows: PackedRows) -> Staging:
+        assert self._source is not None
+        staging = self._ring.take()
+        try:
+            staging.fill(self._source, rows, self._stream)
+        except BaseException:
+            self._ring.give_back(staging)
+            raise
+        return staging

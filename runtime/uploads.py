@@ -1,0 +1,77 @@
+"""Lane 2: tenant modules on their way to the device, layer by layer: one computes while the next arrives."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+
+from torch import Tensor
+
+from runtime.streams import Device, Event, Stream
+from runtime.trace import Trace
+
+__all__ = ["Arrival", "Piece", "Uploads"]
+
+Piece = tuple[int, Tensor, Tensor]  # layer (-1: embeddings, L: heads), destination, source of the same shape and dtype
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Arrival:
+    """One upload. layers: those that it brings, ascending; events[i]: layers[i] and all before it have arrived."""
+
+    layers: tuple[int, ...]
+    events: tuple[Event, ...]
+
+    def wait(self, layer: int, stream: Stream) -> None:
+        """What is issued to `stream` from now on begins after the pieces of all layers up to this one have arrived."""
+        if count := bisect_right(self.layers, layer):
+            stream.wait(self.events[count - 1])
+
+    def done(self) -> bool:
+        """Whether everything has arrived. Raises what went wrong on the way."""
+        return not self.events or self.events[-1].done()
+
+    def synchronize(self) -> None:
+        """Block until everything has arrived, as before sources or slots change hands. Raises what went wrong."""
+        if self.events:
+            self.events[-1].synchronize()
+
+
+class Uploads:
+    """The module lane. Any thread may start an upload; they arrive in the order they were started.
+
+    The caller sees to it that no batch uses the destinations, and that neither side changes hands before the arrival.
+    """
+
+    def __init__(self, device: Device, *, overlapped: bool = True, trace: Trace | None = None) -> None:
+        """overlapped: whether uploads run beside the caller; else `start` returns when everything has arrived."""
+        self._stream, self._overlapped, self._trace = device.stream("modules"), overlapped, trace
+
+    def start(self, pieces: Iterable[Piece], name: str = "") -> Arrival:
+        """Copy the pieces, which are in the order of their layers. name: for the trace.
+
+        Raises ShapeError, or what the device says; then nothing is on its way any more.
+        """
+        begin, num_bytes = self._stream.record(), 0
+        layers: list[int] = []
+        events: list[Event] = []
+        try:
+            for layer, group in groupby(pieces, key=itemgetter(0)):
+                assert not layers or layer > layers[-1], f"layer {layer} comes after layer {layers[-1]}"
+                for _, dst, src in group:
+                    self._stream.copy(dst, src)
+                    num_bytes += src.nbytes
+                layers.append(layer)
+                events.append(self._stream.record())
+        except BaseException:
+            self._stream.synchronize()  # the caller gives the slots to others now
+            raise
+        arrival = Arrival(tuple(layers), tuple(events))
+        if self._trace is not None and events:
+            self._trace.span("modules", begin, events[-1], f"module {name}", bytes=num_bytes, layers=len(layers))
+        if not self._overlapped:
+            arrival.synchronize()
+        return arrival

@@ -1,0 +1,21 @@
+"""`Feed`: what a forward asks for while it runs, where other lanes bring it. Without one it looks up everything."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+__all__ = ["Feed"]
+
+
+class Feed(Protocol):
+    """Answers on the thread that runs the forward. On CUDA nothing here blocks it: the compute stream waits instead."""
+
+    def word_rows(self) -> Tensor | None:
+        """[T, H] on the model's device and in its dtype, in place of the word-embedding look-up; None: look up."""
+        ...
+
+    def before_layer(self, i: int) -> None:
+        """Called before anything reads what tenants change in layer i: -1 embeddings, 0 to L - 1, then L, the heads."""
+        ...
