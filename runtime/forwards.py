@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import compress, groupby
 from typing import Protocol
@@ -57,7 +57,7 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """outcomes: of every sequence of the launch. num_tokens: those computed. reran: tenant by tenant after a failure."""
+    """outcomes: of every sequence of the launch. num_tokens: of those computed. reran: one tenant at a time."""
 
     outcomes: list[Outcome]
     num_tokens: int
@@ -199,17 +199,19 @@ class Forwards:
         self, launch: Launch, future: Future[_Early] | None
     ) -> tuple[Prepared | None, Exception | None, list[bool]]:
         """What the rows thread prepared, if it still is what callers wait for, or what went wrong there."""
-        keep = launch.keep()  # asked again: a batch may have waited for long
-        if future is None:
-            return None, None, keep
+        early, error = None, None
         try:
-            early = future.result()
-        except Exception as error:
-            return None, error, keep
-        if early.prepared is None or early.keep == keep:
-            return early.prepared, None, keep
-        early.prepared.drop(self._device.compute)
-        return None, None, keep
+            early = None if future is None else future.result()
+        except Exception as failure:
+            error = failure
+        with ExitStack() as undo:
+            if early is not None and early.prepared is not None:
+                undo.callback(early.prepared.drop, self._device.compute)
+            keep = launch.keep()  # asked again: a batch may have waited for long
+            if early is not None and early.keep == keep:
+                undo.pop_all()
+                return early.prepared, None, keep
+        return None, error, keep
 
     def _use_threads(self, num_tokens: int) -> int:
         """Chosen now and not at the launch: the batch before, which may have collapsed, is known."""
@@ -282,6 +284,8 @@ class Forwards:
         with _told(running.answer):
             groups = groupby(running.sequences, key=lambda sequence: sequence.tenant)
             outcomes = [outcome for _, group in groups for outcome in self._alone(list(group), running.launch.batch_id)]
+            # what was issued before something raised still runs and reads modules that may go when this is told
+            self._device.compute.synchronize()
             self._tell(running, outcomes, self._clock.now_s() - running.started_s, reran=True)
 
     def _alone(self, sequences: list[SequenceInput], batch_id: int) -> list[Outcome]:

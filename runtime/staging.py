@@ -111,7 +111,7 @@ class Prepared:
 
 
 class Preparer:
-    """Packs and gathers on the thread that calls it, and sends on one stream. source None: a forward looks up itself."""
+    """Packs and gathers on the thread that calls it, and sends on one stream. source None: forwards look up."""
 
     def __init__(self, model: Model, source: RowSource | None, ring: Ring, stream: Stream) -> None:
         self._model, self._source, self._ring, self._stream = model, source, ring, stream

@@ -6,16 +6,33 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 
 from torch import Tensor
 
 from runtime.streams import Device, Event, Stream
 from runtime.trace import Trace
+from vbert.arena import Reservation, ResidentTenant
 
-__all__ = ["Arrival", "Piece", "Uploads"]
+__all__ = ["Arrival", "Piece", "Uploads", "module_pieces"]
 
 Piece = tuple[int, Tensor, Tensor]  # layer (-1: embeddings, L: heads), destination, source of the same shape and dtype
+
+
+def module_pieces(source: ResidentTenant, target: Reservation) -> list[Piece]:
+    """What it takes to copy the slots of a module into those reserved for it in another arena, one piece a layer."""
+    pieces: list[Piece] = []
+    slots = zip(target.slots, source.slots, source.header.layouts.values(), strict=True)
+    for (into, i), (out_of, j), layout in slots:
+        for layer, group in groupby(layout.entries, key=attrgetter("layer")):
+            entries = list(group)
+            part = slice(entries[0].offset, entries[-1].offset + entries[-1].numel)
+            pieces.append((layer, into.values[i, part], out_of.values[j, part]))
+            if into.columns is not None and out_of.columns is not None:
+                pieces.append((layer, into.columns[i, part], out_of.columns[j, part]))
+        if into.row_starts is not None and out_of.row_starts is not None:
+            pieces.append((layout.entries[0].layer, into.row_starts[i], out_of.row_starts[j]))
+    return sorted(pieces, key=itemgetter(0))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -57,7 +57,6 @@ class MappedRows:
             except ValueError as error:  # an empty file
                 raise CorruptFile(f"the row table {path} is empty; delete it and start again") from error
         shape, self.dtype, begin = _parse_header(memory, size, fingerprint, Path(path))
-        memory.madvise(mmap.MADV_RANDOM)  # read-ahead would bring in rows that nobody asked for
         self.table = torch.frombuffer(memory, dtype=self.dtype, offset=begin).view(shape)  # [V, H]
 
     @property

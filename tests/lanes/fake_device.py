@@ -60,7 +60,7 @@ class FakeEvent:
             return
         with self.device.lock:
             while not self.reached:
-                self.device.step()
+                assert self.device.step(), "streams wait for each other"
             self._know()
 
     def since_s(self, earlier):
