@@ -25,10 +25,10 @@ HEAD = (
 
 
 @contextmanager
-def process(backbone_folder, store):
+def process(backbone_folder, store, *flags):
     """A server in a process of its own, and its URL."""
     command = [sys.executable, "serve.py", "--backbone", str(backbone_folder), "--store", str(store)]
-    command += ["--name", "base", "--port", "0", "--dtype", "float32"]
+    command += ["--name", "base", "--port", "0", "--dtype", "float32", *flags]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as server:
         try:
             for line in server.stderr:
@@ -61,6 +61,18 @@ def test_sigterm_drains(backbone_folder, tmp_path):
                 assert answer.readline().startswith(b"HTTP/1.1 200 ")
                 assert b'"model":"base"' in answer.read()
         assert server.wait(20) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_a_trace_is_whole_whatever_ends_the_server(backbone_folder, tmp_path, signum):
+    path = tmp_path / "trace.json"
+    with process(backbone_folder, tmp_path / "store", "--trace", str(path)) as (server, url):
+        body = {"model": "base", "input": "hello"}
+        assert requests.post(f"{url}/v1/embeddings", json=body, timeout=10).status_code == 200
+        server.send_signal(signum)
+        server.wait(20)
+    assert {"batch 0", "batch 1"} <= {event["name"] for event in json.loads(path.read_text())}
 
 
 def test_sigint_stops_too(backbone_folder, tmp_path):
