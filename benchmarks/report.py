@@ -126,6 +126,33 @@ def serving() -> str:
     return _where(result) + markdown([column.replace("_", " ") for column in columns], body)
 
 
+def overlap() -> str:
+    """Milliseconds a batch with the lanes off and on, what the lanes did meanwhile, and how much of it nobody saw."""
+    result = latest("overlap")
+    cells: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in result["rows"]:
+        case = (row["shape"], row["kind"], f"{row['budget']:.0%}", row["system"])
+        cells.setdefault(case, {})[row["lanes"]] = row
+    body = []
+    for case, lanes in cells.items():
+        on, hidden = lanes["on"], lanes["on"]["hidden"]
+        shown = [lanes["off"]["p50_ms"], on["p50_ms"], on["rows_ms"], on["modules_ms"], on["wait_ms"]]
+        body.append([*case, on["uploads_per_batch"], *shown, "-" if hidden is None else f"{hidden:.0%}"])
+    header = [
+        "shape",
+        "modules",
+        "room",
+        "system",
+        "uploads",
+        "off, ms",
+        "on, ms",
+        "rows, ms",
+        "modules, ms",
+        "waits, ms",
+    ]
+    return _where(result).replace("; requests/s", "; a batch") + markdown([*header, "hidden"], body)
+
+
 def training_quality() -> str:
     """Test accuracy of both sides, and of a linear probe on the frozen backbone."""
     result = latest("training_quality")
@@ -224,6 +251,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "multitenant": multitenant,
     "multitenant_mix": multitenant_mix,
     "serving": serving,
+    "overlap": overlap,
     "training_quality": training_quality,
     "equality": equality,
     "engine_options": engine_options,
@@ -234,7 +262,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 # ---- output of one run -------------------------------------------------------------------------------------------
 
-_PARAMETERS = ("shape", "dtype", "lengths", "tenants", "concurrency")
+_PARAMETERS = ("shape", "dtype", "lengths", "tenants", "concurrency", "budget", "lanes")
 _MEASURED = ("requests_per_s", "p50_ms", "p99_ms", "spread")
 
 

@@ -18,9 +18,10 @@ import torch
 
 from tests.tiny import tiny_tokenizer
 
-__all__ = ["LENGTHS", "SHAPES", "Requests", "make_requests", "write_backbone"]
+__all__ = ["ALL_SHAPES", "LENGTHS", "SHAPES", "Requests", "make_requests", "write_backbone"]
 
 SHAPES = {"12x384": (12, 384, 12, 1536), "12x768": (12, 768, 12, 3072)}  # layers, hidden, heads, feed-forward
+ALL_SHAPES = SHAPES | {"minilm-l6": (6, 384, 12, 1536)}
 LENGTHS = ("equal", "real")
 SETS = ("clinc150", "ag_news")  # short commands and news items, half and half
 EQUAL_TOKENS = 32
@@ -60,7 +61,7 @@ def write_backbone(shape: str, folder: Path, *, seed: int) -> Path:
     """A random BERT of this shape as a `transformers` folder, with a small tokenizer that the ids do not need."""
     from transformers import BertConfig, BertModel
 
-    layers, hidden, heads, ffn = SHAPES[shape]
+    layers, hidden, heads, ffn = ALL_SHAPES[shape]
     config = BertConfig(num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=heads, intermediate_size=ffn)
     torch.manual_seed(seed)
     BertModel(config, add_pooling_layer=False).save_pretrained(folder)

@@ -12,15 +12,15 @@ from concurrent.futures import Executor, Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import compress, groupby
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from runtime.clock import Clock
 from runtime.errors import ComputeFailed
+from runtime.lane_feed import Arriving, LaneFeed
 from runtime.staging import Prepared, Preparer, Ring
-from runtime.streams import Device, Event, Stream
+from runtime.streams import Device, Event
 from runtime.threads import ThreadChoice
 from runtime.trace import Trace
 from vbert.arena import ResidentTenant
@@ -28,19 +28,12 @@ from vbert.errors import VbertError
 from vbert.model import Model, SequenceInput
 from vbert.rows import RowSource
 
-__all__ = ["Arriving", "Computed", "Forwards", "Launch", "Outcome"]
+__all__ = ["Computed", "Forwards", "Launch", "Outcome"]
 
 Outcome = Tensor | VbertError
 _LEFT = ComputeFailed("nobody waits for this answer any more")  # and so nobody will read this
 _IN_RING = 2  # the batch that computes and the one that is prepared meanwhile
 _log = logging.getLogger(__name__)
-
-
-class Arriving(Protocol):
-    """A module on its way to the device."""
-
-    def wait(self, layer: int, stream: Stream) -> None: ...
-    def done(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,22 +81,6 @@ class _Running:
     end: Event
     finish: Callable[[], list[Tensor]] | None
     answer: Future[Computed]
-
-
-@dataclass(frozen=True, slots=True)
-class _LaneFeed:
-    """What the other lanes bring to a forward."""
-
-    prepared: Prepared
-    arriving: Sequence[Arriving]
-    stream: Stream
-
-    def word_rows(self) -> Tensor | None:
-        return self.prepared.word_rows(self.stream)
-
-    def before_layer(self, i: int) -> None:
-        for arrival in self.arriving:
-            arrival.wait(i, self.stream)
 
 
 def _none_arriving(_: ResidentTenant) -> Arriving | None:
@@ -201,7 +178,8 @@ class Forwards:
         """What the rows thread prepared, if it still is what callers wait for, or what went wrong there."""
         early, error = None, None
         try:
-            early = None if future is None else future.result()
+            with self._waiting("rows"):
+                early = None if future is None else future.result()
         except Exception as failure:
             error = failure
         with ExitStack() as undo:
@@ -227,7 +205,7 @@ class Forwards:
         with prepared.read_by(stream), stream.current():
             _check_owned(tenants)
             arriving = [a for tenant in tenants if (a := self._arriving(tenant)) is not None and not a.done()]
-            finish = self._model.launch(prepared.batch, _LaneFeed(prepared, arriving, stream))
+            finish = self._model.launch(prepared.batch, LaneFeed(prepared, arriving, stream, self._waiting))
         if self._trace is not None:
             num_tokens = len(prepared.batch.rows.token_ids)
             self._trace.span("rows", prepared.begin, prepared.end, f"batch {batch_id}", tokens=num_tokens)
@@ -238,6 +216,14 @@ class Forwards:
             return outputs
 
         return answers
+
+    @contextmanager
+    def _waiting(self, lane: str) -> Iterator[None]:
+        """Compute waits for another lane inside the block; the trace shows for how long."""
+        begin = self._device.compute.record() if self._trace is not None else None
+        yield
+        if self._trace is not None and begin is not None:
+            self._trace.span("compute", begin, self._device.compute.record(), f"wait for {lane}")
 
     # ---- on the results thread, else on the compute thread -----------------------------------------------------------
 

@@ -27,25 +27,26 @@ SCENES = (
     {"lanes": LANES},
     {"lanes": ("rows", "compute")},
     {"lanes": ("modules", "compute")},
-    {"lanes": LANES, "fail_launches": {0, 1, 2}},
+    # a forward that raises half way twice, and then its slot goes to another tenant
+    {"lanes": LANES, "batches": [(0,), (1,), (2,), (0,), (3,)], "depth": 1, "fail_launches": {3, 4}},
     {"lanes": LANES, "fail_copies": {1, 2, 40, 41}},
 )
 
 
-def same(modules, outcomes, *, errors=False):
+def same(modules, outcomes, *, batches=BATCHES, errors=False):
     """The answers of the plain forward, or errors where something failed."""
-    for k, (tenants, got) in enumerate(zip(BATCHES, outcomes, strict=True)):
+    for k, (tenants, got) in enumerate(zip(batches, outcomes, strict=True)):
         for outcome, want in zip(got, modules.answers(tenants, LENGTHS[k % 3]), strict=True):
             if not (errors and isinstance(outcome, VbertError)):
                 torch.testing.assert_close(outcome, want, atol=1e-5, rtol=0)
 
 
-def serve(modules, words, lanes, *, seed=0, drop=None, fail_copies=(), **faults):
+def serve(modules, words, lanes, *, batches=BATCHES, depth=3, seed=0, drop=None, fail_copies=(), **faults):
     device = FakeDevice(seed, drop=drop, fail=fail_copies)
     with Server(modules, device, lanes=lanes, words=words, **faults) as server:
-        outcomes = server.run(BATCHES, lengths=LENGTHS)
+        outcomes = server.run(batches, lengths=LENGTHS, depth=depth)
     assert server.forwards.ring.num_free == server.forwards.ring.size
-    same(modules, outcomes, errors=bool(fail_copies or any(faults.values())))
+    same(modules, outcomes, batches=batches, errors=bool(fail_copies or any(faults.values())))
     return device, outcomes
 
 
@@ -73,7 +74,7 @@ def test_a_failure_costs_answers_only_where_it_comes_twice(modules, words):
     for fault in ({"fail_launches": {2}}, {"fail_gathers": {1}}, {"fail_copies": {0}}):
         _, outcomes = serve(modules, words, LANES, **fault)
         same(modules, outcomes)
-    _, outcomes = serve(modules, words, LANES, fail_launches={0, 1, 2})
+    _, outcomes = serve(modules, words, LANES, depth=1, fail_launches={0, 1, 2})
     assert all(isinstance(outcome, ComputeFailed) for outcome in outcomes[0])
 
 

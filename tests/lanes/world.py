@@ -156,11 +156,11 @@ class Server:
         self._stack.close()
         self.device.close()
 
-    def run(self, batches, *, lengths=(5, 9, 5)):
-        """Outcomes of every batch, up to three of them in flight: more than there are staging buffers."""
+    def run(self, batches, *, lengths=(5, 9, 5), depth=3):
+        """Outcomes of every batch, up to `depth` of them in flight; three are more than there are staging buffers."""
         outcomes = []
         for k, tenants in enumerate(batches):
-            while len(self._in_flight) > 2:
+            while len(self._in_flight) >= depth:
                 outcomes.append(self._next())
             for t in tenants:
                 self._bring(t, {*tenants}, outcomes)
