@@ -50,13 +50,15 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """outcomes: of every sequence of the launch. num_tokens: of those computed. reran: one tenant at a time."""
+    """outcomes: of every sequence of the launch. num_tokens: of those computed. reran: one tenant at a time. ahead_s:
+    what the lanes did for it that can be done while the batch before it computes."""
 
     outcomes: list[Outcome]
     num_tokens: int
     compute_s: float
     num_threads: int
     reran: bool
+    ahead_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,8 @@ class _Running:
     num_tokens: int
     num_threads: int
     started_s: float
+    issued_s: float
+    prepared: Prepared | None
     begin: Event
     end: Event
     finish: Callable[[], list[Tensor]] | None
@@ -166,6 +170,8 @@ class Forwards:
             num_tokens=num_tokens,
             num_threads=num_threads,
             started_s=started_s,
+            issued_s=self._clock.now_s(),
+            prepared=prepared,
             begin=begin,
             end=stream.record(),
             finish=finish,
@@ -235,7 +241,7 @@ class Forwards:
                 compute_s = running.end.since_s(running.begin)
                 if not self._device.runs_ahead:
                     self._threads.observe(running.num_threads, running.num_tokens, compute_s)
-                self._tell(running, outcomes, compute_s, reran=False)
+                self._tell(running, outcomes, compute_s, self._ahead_s(running))
             elif self._results is None:
                 self._rerun(running)
             else:
@@ -259,10 +265,18 @@ class Forwards:
             self._trace.flush()
         return outcomes
 
-    def _tell(self, running: _Running, outcomes: list[Outcome], compute_s: float, *, reran: bool) -> None:
+    def _ahead_s(self, running: _Running) -> float:
+        issue_s = running.issued_s - running.started_s if self._device.runs_ahead else 0.0
+        if (prepared := running.prepared) is None or not prepared.end.done():
+            return issue_s
+        return issue_s + prepared.end.since_s(prepared.begin)
+
+    def _tell(
+        self, running: _Running, outcomes: list[Outcome], compute_s: float, ahead_s: float = 0.0, *, reran: bool = False
+    ) -> None:
         left = iter(outcomes)
         every = [next(left) if kept else _LEFT for kept in running.keep]
-        running.answer.set_result(Computed(every, running.num_tokens, compute_s, running.num_threads, reran))
+        running.answer.set_result(Computed(every, running.num_tokens, compute_s, running.num_threads, reran, ahead_s))
 
     # ---- on the compute thread, after a failure ----------------------------------------------------------------------
 

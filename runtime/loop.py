@@ -61,6 +61,7 @@ class ServingLoop:
             busy_until_s=pipeline.busy_until_s,
             max_batch_tokens=self.max_batch_tokens,
             tokens_per_s=pipeline.tokens_per_s(self.max_batch_tokens),
+            ahead_s=pipeline.ahead_s,
         )
 
     def _apply(self, plan: BatchPlan) -> None:

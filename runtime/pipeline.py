@@ -27,6 +27,7 @@ __all__ = ["Outcome", "Pipeline"]
 
 _Replay = tuple[Sequence[SequenceInput], asyncio.Future[list[Tensor]]]
 _REPLAYED_AT_ONCE = 16  # modules: short enough for the requests that wait behind
+_KEEP = 0.9  # weight of the past in `ahead_s`
 _log = logging.getLogger(__name__)
 
 
@@ -40,6 +41,7 @@ class Pipeline:
         self._replays: list[_Replay] = []
         self._replaying = False
         self.in_flight = 0
+        self.ahead_s = 0.0  # how long before the end of one batch the next should be launched, for no lane to wait
         self._busy_until_s: float | None = None
         self._moved_s = clock.now_s()  # when a batch last ended, or began on an idle lane
 
@@ -126,6 +128,7 @@ class Pipeline:
         computed = future.result()
         if computed.num_tokens:
             self._throughput.observe(computed.num_tokens, computed.compute_s)
+            self.ahead_s = _KEEP * self.ahead_s + (1 - _KEEP) * computed.ahead_s
         self._metrics.compute_threads = computed.num_threads
         self._metrics.batches += 1
         self._metrics.batch_tokens.observe(computed.num_tokens)

@@ -21,7 +21,7 @@ class View:
     all their tokens. deadlines: (deadline, id) of every unanswered request, ready_deadlines: of the ready ones, both
     earliest first. cold: ids by digest of modules not in memory, the longest waiting first; loading: digests on their
     way. in_flight: batches launched and not finished; busy_until_s: when the last of them should end, None if unknown.
-    tokens_per_s: measured, None before the first batch.
+    tokens_per_s: measured, None before the first batch. ahead_s: what the lanes do for a batch before it computes.
     """
 
     now_s: float
@@ -36,6 +36,7 @@ class View:
     busy_until_s: float | None
     max_batch_tokens: int
     tokens_per_s: float | None
+    ahead_s: float = 0.0
 
 
 class BatchPolicy(Protocol):
@@ -50,8 +51,9 @@ class TokenBudget:
     slack is short (earliest deadline first), then arrival order. A request may be split between its inputs. An input
     longer than the budget runs alone. The slices of one tenant module are neighbours.
 
-    While one batch runs, the next is held back until it is full or the running one is about to end (`lead_s` before),
-    so that it is as large as the traffic allows and the compute lane still never waits for it.
+    While one batch runs, the next is held back until it is full or the running one is about to end (`lead_s`
+    and what the other lanes need for it before), so that it is as large as the traffic allows and the compute lane
+    still never waits for it.
 
     max_in_flight: batches launched at once. max_loading: modules on their way at once. min_slack_s: a request with
     less time than this, or than `slack_batches` full batches take, goes first. max_misses: how many requests in a row
@@ -84,7 +86,7 @@ class TokenBudget:
             return math.inf
         if view.in_flight == 0 or view.ready_tokens >= view.max_batch_tokens or view.busy_until_s is None:
             return view.now_s
-        return max(view.now_s, view.busy_until_s - self.lead_s)
+        return max(view.now_s, view.busy_until_s - view.ahead_s - self.lead_s)
 
     def _fill(self, view: View) -> tuple[Slice, ...]:
         counts: dict[int, int] = {}

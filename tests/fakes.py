@@ -28,7 +28,7 @@ class Line:
         self.resident: set[str] = set()
         self.loading: dict[str, None] = {}
         self.max_batch_tokens, self.tokens_per_s = max_batch_tokens, tokens_per_s
-        self.now_s, self.in_flight, self.busy_until_s = 0.0, 0, None
+        self.now_s, self.in_flight, self.busy_until_s, self.ahead_s = 0.0, 0, None, 0.0
         self._next = 1
 
     def put(
@@ -62,6 +62,7 @@ class Line:
             busy_until_s=self.busy_until_s,
             max_batch_tokens=self.max_batch_tokens,
             tokens_per_s=self.tokens_per_s,
+            ahead_s=self.ahead_s,
         )
 
     def apply(self, plan: BatchPlan) -> list[int]:

@@ -111,6 +111,13 @@ def test_an_upload_that_failed_fails_its_tenant_only(modules, server):
     assert got.reran
 
 
+def test_what_is_done_ahead_is_known(modules, server):
+    """The policy launches a batch that much before the one before it ends."""
+    assert computed(server, Launch(1, modules.sequences((None,)))).ahead_s > 0
+    with Server(modules, CpuDevice(MonotonicClock()), lanes=("compute",)) as inline:
+        assert computed(inline, Launch(1, modules.sequences((None,)))).ahead_s == 0
+
+
 def test_callers_that_leave_after_the_rows_were_gathered_are_not_computed(modules, server):
     asked = iter([[True] * 4, [True, True, False, False]])
     server.run([(0, 1)])

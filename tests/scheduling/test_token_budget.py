@@ -115,6 +115,9 @@ def test_the_next_batch_waits_until_the_running_one_is_about_to_end():
     plan = POLICY.plan(line.view())
     assert plan.batches == ()
     assert plan.wake_s == pytest.approx(0.5 - POLICY.lead_s)
+    line.ahead_s = 0.1  # packing and gathering it takes that long
+    plan = POLICY.plan(line.view())
+    assert plan.wake_s == pytest.approx(0.4 - POLICY.lead_s)
     line.now_s = plan.wake_s
     assert len(planned(line)) == 1
 
