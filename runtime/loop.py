@@ -16,12 +16,16 @@ from runtime.pending import Pending
 from runtime.pipeline import Outcome, Pipeline
 from runtime.request import Batch, BatchPlan, Slice
 from runtime.scheduler import BatchPolicy, View
+from runtime.selftest import SelfTester, as_sequences
+from vbert.arena import ResidentTenant
 from vbert.errors import VbertError
 from vbert.model import SequenceInput
+from vbert.tenant import SelfTest
 
 __all__ = ["ServingLoop"]
 
 _Pieces = list[tuple[Pending, Slice]]
+_Tests = dict[str, tuple[ResidentTenant | None, tuple[SelfTest, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,6 +35,7 @@ class ServingLoop:
     policy: BatchPolicy
     dispatcher: Dispatcher
     manager: Manager
+    self_tester: SelfTester
     pipeline: Pipeline
     max_batch_tokens: int
     event: asyncio.Event
@@ -86,23 +91,44 @@ class ServingLoop:
     def _launch(self, batch: Batch) -> None:
         pieces = [(self.dispatcher.take(piece), piece) for piece in batch.slices]
         sequences: list[SequenceInput] = []
+        tests: _Tests = {}
         for pending, piece in pieces:
-            tenant = self.manager.pin(pending.served.key.digest)
+            digest = pending.served.key.digest
+            tenant = self.manager.pin(digest)
             inputs = pending.encoded[piece.first : piece.last]
             sequences += [SequenceInput(e.token_ids, e.type_ids, tenant) for e in inputs]
-        self.pipeline.launch(sequences, partial(self._finished, pieces), partial(_wanted, pieces))
+            if untested := self.manager.tests(digest):
+                tests[digest] = (tenant, untested)
+        for tenant, untested in tests.values():
+            sequences += as_sequences(untested, tenant)
+        self.pipeline.launch(sequences, partial(self._finished, pieces, tests), partial(_wanted, pieces, tests))
 
-    def _finished(self, pieces: _Pieces, outcomes: Sequence[Outcome], compute_s: float) -> None:
+    def _finished(self, pieces: _Pieces, tests: _Tests, outcomes: Sequence[Outcome], compute_s: float) -> None:
         """A batch ended: every piece gets its outputs, or the error of its tenant."""
         now_s, begin = self.clock.now_s(), 0
+        refused = self._judge(tests, outcomes[sum(piece.last - piece.first for _, piece in pieces) :])
         for pending, piece in pieces:
             end = begin + piece.last - piece.first
-            self.manager.unpin(pending.served.key.digest)
+            digest = pending.served.key.digest
+            self.manager.unpin(digest)
             for kind in pending.served.kinds:
                 self.metrics.computed_inputs[kind] += end - begin
-            self._deliver(pending, piece.first, outcomes[begin:end], compute_s, now_s)
+            own = [refused[digest]] if digest in refused else outcomes[begin:end]
+            self._deliver(pending, piece.first, own, compute_s, now_s)
             begin = end
         self.event.set()
+
+    def _judge(self, tests: _Tests, outcomes: Sequence[Outcome]) -> dict[str, VbertError]:
+        """Modules whose self-tests failed, each with why; the manager learns of them and of the others."""
+        refused, begin = {}, 0
+        for digest, (_, untested) in tests.items():
+            own, begin = outcomes[begin : begin + len(untested)], begin + len(untested)
+            if (error := self.self_tester.verdict(untested, own)) is None:
+                self.manager.passed(digest)
+            else:
+                refused[digest] = error
+                self.manager.refuse(digest, error)
+        return refused
 
     def _deliver(
         self, pending: Pending, first: int, outcomes: Sequence[Outcome], compute_s: float, now_s: float
@@ -115,7 +141,9 @@ class ServingLoop:
             pending.deliver(first, outputs, compute_s=compute_s, now_s=now_s)
 
 
-def _wanted(pieces: _Pieces) -> Iterator[bool]:
-    """For each input of a batch, whether its caller still waits. Read by the compute thread."""
+def _wanted(pieces: _Pieces, tests: _Tests) -> Iterator[bool]:
+    """For each input of a batch, whether its caller still waits; self-tests always run. Read by the compute thread."""
     for pending, piece in pieces:
         yield from repeat(not pending.future.done(), piece.last - piece.first)
+    for _, untested in tests.values():
+        yield from repeat(True, len(untested))

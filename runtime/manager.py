@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import Executor
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -24,8 +24,9 @@ from runtime.residency import LfuAgeing, ResidencyPolicy
 from vbert.arena import Arena, Reservation, ResidentTenant
 from vbert.errors import CorruptFile, VbertError
 from vbert.header import TenantHeader, read_header
+from vbert.tenant import SelfTest
 
-__all__ = ["Manager", "ResidencyListener"]
+__all__ = ["Manager", "ResidencyListener", "Verifier"]
 
 _HINTS_AT_ONCE = 16  # as many share one batch of self-tests (runtime/pipeline.py)
 _FORGET_FAILURE_S = 1.0  # a broken module asked for in a loop is read at most this often
@@ -41,6 +42,13 @@ class _NoRoom(Exception):
     """A module that nobody waits for finds no free room."""
 
 
+class Verifier(Protocol):
+    """Who has the self-tests of a module."""
+
+    def tests(self, tenant: ResidentTenant) -> Awaitable[tuple[SelfTest, ...]]: ...
+    def verify(self, tenant: ResidentTenant, tests: Sequence[SelfTest]) -> Awaitable[None]: ...
+
+
 class ResidencyListener(Protocol):
     """Who holds the requests."""
 
@@ -54,24 +62,26 @@ class ResidencyListener(Protocol):
 class _Entry:
     """`ran`: whether a batch used it since it was loaded. Until then it stays for the requests it was loaded for,
     or two tenants could evict each other for ever without either being served. `leaving`: no new batch may use it, and
-    it goes with the last one that does, or tenants that are always in use would never make room."""
+    it goes with the last one that does, or tenants that are always in use would never make room. `tests`: self-tests to
+    be run with its next batch; none once they held."""
 
     tenant: ResidentTenant
     pins: int = 0
     ran: bool = False
     leaving: bool = False
+    tests: tuple[SelfTest, ...] = ()
 
 
 @dataclass(kw_only=True, eq=False)
 class Manager:
-    """files: path of a digest's native file. verify: compares a tenant just loaded with its self-tests, or raises.
+    """files: path of a digest's native file. self_tester: runtime/selftest.py.
     spawn: starts a task. wake: called after every change that may let something run. load_cost: seconds to bring in a
     module of so many bytes, for the policy."""
 
     arena: Arena
     budget_bytes: int
     files: Callable[[str], Path]
-    verify: Callable[[ResidentTenant], Awaitable[None]]
+    self_tester: Verifier
     listener: ResidencyListener
     lane: Executor
     spawn: Callable[[Coroutine[Any, Any, None]], object]
@@ -144,6 +154,24 @@ class Manager:
                 self._evict(digest)
             self.recheck()
 
+    def tests(self, digest: str) -> tuple[SelfTest, ...]:
+        """Self-tests that must hold before an answer of this module in memory may leave."""
+        return self._resident[digest].tests if digest else ()
+
+    def passed(self, digest: str) -> None:
+        """The self-tests of a pinned module held."""
+        self._resident[digest].tests = ()
+        self._verified.add(digest)
+
+    def refuse(self, digest: str, error: VbertError) -> None:
+        """The self-tests of a pinned module failed: whoever waits for it gets the error, and it goes."""
+        if not self._resident[digest].leaving:
+            self._resident[digest].leaving = True
+            self.listener.left(digest)
+        self.metrics.loads[error.code] += 1
+        self._remember(digest, error)
+        self.listener.failed(digest, error)
+
     def load(self, digest: str) -> None:
         """Begin to bring a module in, unless it is here, or on its way in or out."""
         if digest not in self._resident and digest not in self._loading:
@@ -185,8 +213,8 @@ class Manager:
     async def _load(self, digest: str, patient: bool) -> None:
         started_s, outcome = self.clock.now_s(), "ok"
         try:
-            tenant = await self._bring_in(digest, patient)
-            self._resident[digest] = _Entry(tenant)
+            tenant, tests = await self._bring_in(digest, patient)
+            self._resident[digest] = _Entry(tenant, tests=tests)
             self.policy.arrived(digest, tenant.num_bytes, self.load_cost(tenant.num_bytes))
             self.listener.arrived(digest)
         except _NoRoom:
@@ -209,19 +237,22 @@ class Manager:
         recent = {other: failure for other, failure in self._failures.items() if failure[1] > now_s}
         self._failures = recent | {digest: (error, now_s + _FORGET_FAILURE_S)}
 
-    async def _bring_in(self, digest: str, patient: bool) -> ResidentTenant:
+    async def _bring_in(self, digest: str, patient: bool) -> tuple[ResidentTenant, tuple[SelfTest, ...]]:
+        """The module, and the self-tests to run with the requests that wait for it: none if they held before."""
         run, path = asyncio.get_running_loop().run_in_executor, self.files(digest)
         header = await run(self.lane, read_header, path)
         reservation = await self._reserve(header, digest) if patient else self._reserve_free(header, digest)
         try:
             tenant = await run(self.lane, self.arena.fill, reservation, path)
-            if digest not in self._verified:
-                await self.verify(tenant)
+            tests = () if digest in self._verified else await self.self_tester.tests(tenant)
+            if tests and not patient:
+                await self.self_tester.verify(tenant, tests)
                 self._verified.add(digest)
+                tests = ()
         except BaseException:
             self._release(reservation)
             raise
-        return replace(tenant, self_tests=())  # replayed once; not worth memory
+        return replace(tenant, self_tests=()), tests  # needed once; not worth memory
 
     def _reserve_free(self, header: TenantHeader, digest: str) -> Reservation:
         fits = not self._room.locked() and self._missing(self.arena.num_bytes(header)) <= 0

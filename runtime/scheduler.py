@@ -61,7 +61,7 @@ class TokenBudget:
     """
 
     max_in_flight: int = 2
-    max_loading: int = 4
+    max_loading: int = 16
     lead_s: float = 0.002
     min_slack_s: float = 0.1
     slack_batches: float = 3.0

@@ -1,4 +1,8 @@
-"""First load of a module: its self-tests are found or made, replayed through the compute lane, and compared."""
+"""First use of a module: its self-tests are found or made, computed beside the requests it was loaded for, compared.
+
+No answer of a module leaves before its self-tests held in the same batch; what was brought in without a request
+waiting runs them in a batch of its own.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +18,21 @@ from torch import Tensor
 from runtime.store import TenantStore
 from vbert.arena import ResidentTenant
 from vbert.checkpoint import read_tenant_bytes
-from vbert.errors import VbertError
+from vbert.errors import SelfTestFailed, VbertError
 from vbert.formats.transformers_folder import Backbone
 from vbert.model import SequenceInput
 from vbert.selftest import check_outputs, dump_self_tests, load_self_tests, make_self_tests
 from vbert.tenant import SelfTest
 from vbert.tokenizer import Tokenizer
 
-__all__ = ["SelfTester"]
+__all__ = ["SelfTester", "as_sequences"]
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelfTester:
-    """`verify` is what the manager asks for. replay: a batch of its own on the compute lane."""
+    """replay: a batch of its own on the compute lane."""
 
     backbone: Backbone
     tokenizer: Tokenizer
@@ -37,13 +41,25 @@ class SelfTester:
     lane: Executor
     replay: Callable[[Sequence[SequenceInput]], Awaitable[list[Tensor]]]
 
-    async def verify(self, tenant: ResidentTenant) -> None:
-        """Raises SelfTestFailed, ComputeFailed, or what reading raises."""
-        tests = tenant.self_tests
-        if not tests:
-            tests = await asyncio.get_running_loop().run_in_executor(self.lane, self._find_or_make, tenant.digest)
-        outputs = await self.replay([_sequence(test, tenant) for test in tests])
-        check_outputs(tests, outputs, self.dtype)
+    async def tests(self, tenant: ResidentTenant) -> tuple[SelfTest, ...]:
+        """Those of its file, of the store, or new ones. Raises what reading raises."""
+        if tenant.self_tests:
+            return tenant.self_tests
+        return await asyncio.get_running_loop().run_in_executor(self.lane, self._find_or_make, tenant.digest)
+
+    async def verify(self, tenant: ResidentTenant, tests: Sequence[SelfTest]) -> None:
+        """In a batch without requests. Raises SelfTestFailed, ComputeFailed."""
+        check_outputs(tests, await self.replay(as_sequences(tests, tenant)), self.dtype)
+
+    def verdict(self, tests: Sequence[SelfTest], outcomes: Sequence[Tensor | VbertError]) -> VbertError | None:
+        """What is wrong with a module whose self-tests gave these outcomes."""
+        if errors := [outcome for outcome in outcomes if isinstance(outcome, VbertError)]:
+            return errors[0]
+        try:
+            check_outputs(tests, [outcome for outcome in outcomes if isinstance(outcome, Tensor)], self.dtype)
+        except SelfTestFailed as error:
+            return error
+        return None
 
     def _find_or_make(self, digest: str) -> tuple[SelfTest, ...]:
         """On a loader thread: the tests kept beside the blob, or new ones of the dense reference, then kept."""
@@ -58,5 +74,5 @@ class SelfTester:
         return tests
 
 
-def _sequence(test: SelfTest, tenant: ResidentTenant) -> SequenceInput:
-    return SequenceInput(test.token_ids.tolist(), test.type_ids.tolist(), tenant)
+def as_sequences(tests: Sequence[SelfTest], tenant: ResidentTenant | None) -> list[SequenceInput]:
+    return [SequenceInput(test.token_ids.tolist(), test.type_ids.tolist(), tenant) for test in tests]

@@ -12,7 +12,7 @@ from runtime.request import Slice
 from runtime.scheduler import TokenBudget
 from tests.fakes import Line, slices
 
-POLICY = TokenBudget()
+POLICY = TokenBudget(max_loading=4)
 
 
 def planned(line: Line):

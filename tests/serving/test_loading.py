@@ -236,9 +236,38 @@ async def test_other_numbers_than_stored_refuse_the_load_and_free_the_slot(servi
             await engine.classify("wrong", TEXTS)
         now = engine.snapshot()
         assert (now.resident_modules, sum(now.resident_bytes.values())) == (0, 0)
-        assert now.loads == {"self_test_failed": 1}
+        assert now.loads == {"ok": 1, "self_test_failed": 1}
         assert (await engine.classify("right", TEXTS)).tenant == "right"
         assert engine._core.parts.store.self_tests((await engine.get_tenant("right")).digest) is None
+
+
+async def test_a_cold_tenant_costs_no_batch_of_its_own(serving, factory):
+    """Its self-tests run beside the request, once."""
+    async with serving() as engine:
+        await add(engine, "t", factory.tenant("lora"))
+        before = engine.snapshot()
+        await engine.classify("t", TEXTS)
+        first = engine.snapshot()
+        await engine.classify("t", TEXTS)
+        second = engine.snapshot()
+    assert (first.batches - before.batches, second.batches - first.batches) == (1, 1)
+    tokens = [b.batch_tokens.total - a.batch_tokens.total for a, b in ((before, first), (first, second))]
+    assert tokens[0] > tokens[1] > 0
+
+
+async def test_no_batch_in_flight_answers_for_a_module_that_fails(serving, factory, backbone):
+    """Both batches that were launched before the verdict carry the self-tests, and neither answers."""
+    module = factory.tenant("lora")
+    test = make_self_tests(backbone, module, Dense(backbone).tokenizer)[0]
+    async with serving(max_batch_tokens=16) as engine:
+        await add(engine, "wrong", replace(module, self_tests=(replace(test, expected=test.expected + 1),)))
+        with held(engine._core.lanes.compute) as release:
+            asked = [asyncio.create_task(outcome(engine.classify("wrong", [text]))) for text in TEXTS]
+            await until(lambda: engine._core.pipeline.in_flight == 2)
+            release()
+            answers = await asyncio.gather(*asked)
+    assert len(asked) > 2
+    assert all(isinstance(answer, SelfTestFailed) for answer in answers)
 
 
 async def test_numbers_that_are_not_finite_fail_their_tenant_alone(serving, factory):
