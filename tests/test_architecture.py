@@ -46,7 +46,7 @@ PROJECT = {
 LAZY = {"cupy", "numba.cuda", "peft", "adapters", "transformers"}
 # Inside vbert a module imports only from its own rank or a lower one, and never in a circle.
 VBERT_RANKS = (
-    {"errors", "config", "tenant", "activations", "batch", "layout", "workspace", "feed", "rows"},
+    {"errors", "config", "tenant", "activations", "batch", "layout", "memory", "workspace", "feed", "rows"},
     {"kernels", "header"},
     {"checkpoint", "slot_file"},
     {"arena", "attention", "heads", "tokenizer", "formats", "reference", "selftest"},

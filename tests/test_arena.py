@@ -93,7 +93,7 @@ def test_pages_of_a_free_slot_stay_until_another_class_needs_the_memory(backbone
     arena = arena_of(backbone, max_bytes=room)
     tenant = arena.fill(arena.reserve(header, digest), path)
     arena_class, slot = tenant.slots[0]
-    big = arena_class._allocate(8, 2**20, torch.float32)  # 4 MiB a row, in the same arena class
+    big = arena_class._region._allocate(8, 2**20, torch.float32)  # 4 MiB a row, in the same arena class
     big[slot] = 1.0
     arena.release(tenant)
     again = arena.reserve(header, digest)

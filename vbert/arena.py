@@ -9,8 +9,6 @@ called from one thread, `fill` from any.
 from __future__ import annotations
 
 import hashlib
-import heapq
-import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,13 +21,11 @@ from vbert.config import EncoderConfig
 from vbert.errors import ShapeError
 from vbert.header import TenantHeader
 from vbert.layout import SlotLayout
+from vbert.memory import AddressSpace, Memory
 from vbert.slot_file import read_into
 from vbert.tenant import Head, SelfTest
 
 __all__ = ["Arena", "ArenaClass", "Reservation", "ResidentTenant"]
-
-_MAX_SLOTS = 1 << 20
-_NORESERVE = 0x4000  # MAP_NORESERVE on Linux; the mmap module names it from Python 3.13 on
 
 
 class ArenaClass:
@@ -38,47 +34,40 @@ class ArenaClass:
     Sparse parts are `row_starts` [P, H_out + 1] (absolute in the slot), `columns` and `values` [P, N].
     """
 
-    def __init__(self, layout: SlotLayout, width: int, dtype: torch.dtype, max_bytes: int) -> None:
+    def __init__(self, layout: SlotLayout, width: int, dtype: torch.dtype, memory: Memory) -> None:
         self.kind, self.layout, self.width = layout.kind, layout, width
-        self.num_starts = sum(int(e.variant) + 1 for e in layout.entries) if layout.kind == "sparse" else 0
         self.slot_bytes = slot_bytes(layout, dtype)
-        num_slots = max(1, min(_MAX_SLOTS, max_bytes // self.slot_bytes))
-        self._maps: list[tuple[mmap.mmap, int]] = []
-        self.values = self._allocate(num_slots, width, dtype)
-        self.columns = self._allocate(num_slots, width, torch.int32) if self.num_starts else None
-        self.row_starts = self._allocate(num_slots, self.num_starts, torch.int32) if self.num_starts else None
+        num_starts = sum(int(e.variant) + 1 for e in layout.entries) if layout.kind == "sparse" else 0
+        indices = [(width, torch.int32), (num_starts, torch.int32)] if num_starts else []
+        self._region = memory.region([(width, dtype), *indices])
+        self.values = self._region.arrays[0]
+        self.columns = self._region.arrays[1] if num_starts else None
+        self.row_starts = self._region.arrays[2] if num_starts else None
         self.at = self._views()
         self.owners: dict[int, str] = {}
-        self._free: list[int] = []
-        self._untouched = 0
 
     @property
     def num_slots(self) -> int:
         return self.values.shape[0]
 
     def take(self, digest: str) -> int | None:
-        """The lowest free slot, now owned by `digest`; None when all are owned."""
-        if self._free:
-            slot = heapq.heappop(self._free)
-        elif self._untouched < self.num_slots:
-            slot, self._untouched = self._untouched, self._untouched + 1
-        else:
-            return None
-        self.owners[slot] = digest
+        """A free slot, now owned by `digest`; None when there is no room for one more."""
+        slot = self._region.take()
+        if slot is not None:
+            self.owners[slot] = digest
         return slot
 
     def give_back(self, slot: int) -> None:
         """The slot is free again. Its pages stay, for the next owner."""
         del self.owners[slot]
-        heapq.heappush(self._free, slot)
+        self._region.give_back(slot)
 
     def return_pages(self, slot: int) -> None:
-        """Return the memory that only this free slot used to the operating system."""
-        for memory, row_bytes in self._maps:
-            first = -(-slot * row_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-            last = (slot + 1) * row_bytes // mmap.PAGESIZE * mmap.PAGESIZE
-            if last > first:
-                memory.madvise(mmap.MADV_DONTNEED, first, last - first)
+        self._region.return_pages(slot)
+
+    def crowds(self) -> set[frozenset[str]]:
+        """Sets of owners, each of which shares memory that another class could have if all of them left."""
+        return {frozenset(self.owners[s] for s in self._region.neighbours(slot)) for slot in self.owners}
 
     def memory(self, slot: int, layout: SlotLayout) -> dict[str, Tensor]:
         """The memory of a slot, by the names of a native file's tensors. A sparse file may be shorter than the slot."""
@@ -99,13 +88,6 @@ class ArenaClass:
         check_sparse(layout, self.columns[slot, : layout.numel], starts, config)
         offsets = [torch.full((int(e.variant) + 1,), e.offset, dtype=torch.int32) for e in layout.entries]
         starts += torch.cat(offsets)
-
-    def _allocate(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        row_bytes = columns * dtype.itemsize
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
-        memory = mmap.mmap(-1, rows * row_bytes, flags=flags)
-        self._maps.append((memory, row_bytes))
-        return torch.frombuffer(memory, dtype=dtype).view(rows, columns)
 
     def _views(self) -> dict[tuple[int, str], tuple[str, dict[str, Tensor]]]:
         at: dict[tuple[int, str], tuple[str, dict[str, Tensor]]] = {}
@@ -164,10 +146,21 @@ class ResidentTenant:
 
 
 class Arena:
-    """All classes of one device. `max_bytes` bounds each class's address space, not what is resident."""
+    """All classes of one device, or of the host."""
 
-    def __init__(self, config: EncoderConfig, fingerprint: str, dtype: torch.dtype, max_bytes: int) -> None:
+    def __init__(
+        self,
+        config: EncoderConfig,
+        fingerprint: str,
+        dtype: torch.dtype,
+        max_bytes: int,
+        *,
+        memory: Memory | None = None,
+    ) -> None:
+        """max_bytes: more than this is never used, by what is resident and by pages kept for the next owner.
+        memory: where the slots lie; default: address space of the CPU."""
         self._config, self._fingerprint, self._dtype, self._max_bytes = config, fingerprint, dtype, max_bytes
+        self._memory = memory or AddressSpace(max_bytes)
         self._classes: dict[str, ArenaClass] = {}
         self._idle: dict[tuple[ArenaClass, int], None] = {}  # free slots that still have pages, the longest first
         self._slot_bytes = 0  # of all slots that have an owner or are idle
@@ -196,6 +189,13 @@ class Arena:
         return Reservation(
             digest=digest, header=header, slots=tuple(taken), num_bytes=sum(by_kind.values()), bytes_by_kind=by_kind
         )
+
+    def rivals(self, header: TenantHeader) -> tuple[set[str], list[frozenset[str]]]:
+        """Who could make way for a slot that `reserve` did not find: any one of the first, who hold slots of the same
+        class, or all of one of the others, the smallest first, whose memory another class can have then."""
+        wanted = [c for layout in header.layouts.values() if (c := self._classes.get(_class_key(layout)[0]))]
+        crowds = {crowd for arena_class in self._classes.values() for crowd in arena_class.crowds()}
+        return {owner for c in wanted for owner in c.owners.values()}, sorted(crowds, key=len)
 
     def fill(self, reservation: Reservation, path: str | Path) -> ResidentTenant:
         """Read the native file into the reserved slots. Blocking. The caller releases the reservation if this raises.
@@ -238,7 +238,7 @@ class Arena:
     def _class_of(self, layout: SlotLayout) -> ArenaClass:
         key, width = _class_key(layout)
         if key not in self._classes:
-            self._classes[key] = ArenaClass(layout, width, self._dtype, self._max_bytes)
+            self._classes[key] = ArenaClass(layout, width, self._dtype, self._memory)
         return self._classes[key]
 
     def _bytes_by_kind(self, header: TenantHeader) -> dict[str, int]:

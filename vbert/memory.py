@@ -1,0 +1,207 @@
+"""Where the slots of an arena lie: address space that costs nothing until it is used, or one buffer cut into slabs.
+
+A `Region` is the room of one class of equal slots. On a CPU every region is a mapping of its own, as large as the
+budget: pages come when a slot is first filled and can go back one slot at a time, so that no class keeps another from
+the memory. Device and pinned memory have no such pages; there all regions share one buffer, and a region takes runs of
+slabs from it as it grows.
+"""
+
+from __future__ import annotations
+
+import heapq
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["AddressSpace", "Memory", "Parts", "Region", "Slabs"]
+
+Parts = Sequence[tuple[int, torch.dtype]]  # width in numbers and dtype of each array of a slot
+
+_MAX_SLOTS = 1 << 20
+_NORESERVE = 0x4000  # MAP_NORESERVE on Linux; the mmap module names it from Python 3.13 on
+_ALIGN = 256  # bytes: a part of a slot begins where any vector load may
+_SLOTS_IN_RUN = 8  # as many at once: a run wastes up to one slot
+_SLAB_BYTES = 256 * 1024
+
+
+class Region(Protocol):
+    """Room for equal slots. arrays: [P, width] of each part, every slot being one row of each."""
+
+    arrays: tuple[Tensor, ...]
+
+    def take(self) -> int | None:
+        """A free slot; None when there is no room for one more."""
+        ...
+
+    def give_back(self, slot: int) -> None: ...
+
+    def return_pages(self, slot: int) -> None:
+        """Let others have the memory that only this free slot used, where that is possible."""
+        ...
+
+    def neighbours(self, slot: int) -> Sequence[int]:
+        """The slots that must all be free before another region can have their memory."""
+        ...
+
+
+class Memory(Protocol):
+    def region(self, parts: Parts) -> Region: ...
+
+
+# ---- address space -------------------------------------------------------------------------------------------------
+
+
+class AddressSpace:
+    """A mapping for each region. `max_bytes` bounds each region's addresses, not what is resident."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+
+    def region(self, parts: Parts) -> Region:
+        slot_bytes = sum(width * dtype.itemsize for width, dtype in parts)
+        return _Mapping(parts, max(1, min(_MAX_SLOTS, self._max_bytes // slot_bytes)))
+
+
+class _Mapping:
+    def __init__(self, parts: Parts, num_slots: int) -> None:
+        self._maps: list[tuple[mmap.mmap, int]] = []
+        self.arrays = tuple(self._allocate(num_slots, width, dtype) for width, dtype in parts)
+        self._num_slots, self._untouched = num_slots, 0
+        self._free: list[int] = []
+
+    def take(self) -> int | None:
+        if self._free:
+            return heapq.heappop(self._free)
+        if self._untouched == self._num_slots:
+            return None
+        self._untouched += 1
+        return self._untouched - 1
+
+    def give_back(self, slot: int) -> None:
+        heapq.heappush(self._free, slot)
+
+    def return_pages(self, slot: int) -> None:
+        for memory, row_bytes in self._maps:
+            first = -(-slot * row_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+            last = (slot + 1) * row_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+            if last > first:
+                memory.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def neighbours(self, slot: int) -> Sequence[int]:
+        return (slot,)
+
+    def _allocate(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        row_bytes = width * dtype.itemsize
+        memory = mmap.mmap(-1, rows * row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
+        self._maps.append((memory, row_bytes))
+        return torch.frombuffer(memory, dtype=dtype).view(rows, width)
+
+
+# ---- slabs ---------------------------------------------------------------------------------------------------------
+
+
+class Slabs:
+    """One buffer [num_bytes] uint8, on a device or pinned. Every region sees all of it as its own slots, and may use
+    those that lie whole in the runs of slabs it took: slot k of a region begins at k times its stride."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        self.buffer = buffer
+        self._free = {0: len(buffer) // _SLAB_BYTES}  # first slab -> length of a free run
+
+    def region(self, parts: Parts) -> Region:
+        return _SlabRegion(self, parts)
+
+    def take(self, count: int) -> int | None:
+        """The first of so many slabs side by side, first fit."""
+        for first in sorted(self._free):
+            if (length := self._free[first]) >= count:
+                del self._free[first]
+                if length > count:
+                    self._free[first + count] = length - count
+                return first
+        return None
+
+    def give_back(self, first: int, count: int) -> None:
+        """Adjoining free runs become one."""
+        if after := self._free.pop(first + count, 0):
+            count += after
+        for other, length in self._free.items():
+            if other + length == first:
+                self._free[other] = length + count
+                return
+        self._free[first] = count
+
+
+@dataclass(slots=True)
+class _Run:
+    first_slab: int
+    num_slabs: int
+    slots: range
+    used: set[int] = field(default_factory=set)
+
+
+class _SlabRegion:
+    def __init__(self, slabs: Slabs, parts: Parts) -> None:
+        offsets, end = [], 0
+        for width, dtype in parts:
+            offsets.append(end)
+            end += -(-width * dtype.itemsize // _ALIGN) * _ALIGN
+        self._slabs, self._stride = slabs, end
+        self.arrays = tuple(
+            _strided(slabs.buffer, dtype, offset, width, self._stride)
+            for offset, (width, dtype) in zip(offsets, parts, strict=True)
+        )
+        self._run_of: dict[int, _Run] = {}
+        self._free: list[int] = []
+
+    def take(self) -> int | None:
+        if not self._free and not self._grow():
+            return None
+        slot = heapq.heappop(self._free)
+        self._run_of[slot].used.add(slot)
+        return slot
+
+    def give_back(self, slot: int) -> None:
+        run = self._run_of[slot]
+        run.used.remove(slot)
+        heapq.heappush(self._free, slot)
+        if not run.used:
+            self._shrink(run)
+
+    def return_pages(self, slot: int) -> None:
+        """Nothing: a run goes back when its last slot does."""
+
+    def neighbours(self, slot: int) -> Sequence[int]:
+        return tuple(self._run_of[slot].used)
+
+    def _grow(self) -> bool:
+        """Take a run with room for several slots, or for one where there is no more."""
+        for slots in (_SLOTS_IN_RUN, 1):
+            count = -(-(slots + 1) * self._stride // _SLAB_BYTES)
+            if (first := self._slabs.take(count)) is not None:
+                begin, end = first * _SLAB_BYTES, (first + count) * _SLAB_BYTES
+                run = _Run(first, count, range(-(-begin // self._stride), end // self._stride))
+                self._run_of |= dict.fromkeys(run.slots, run)
+                for slot in run.slots:
+                    heapq.heappush(self._free, slot)
+                return True
+        return False
+
+    def _shrink(self, run: _Run) -> None:
+        self._free = [slot for slot in self._free if slot not in run.slots]
+        heapq.heapify(self._free)
+        for slot in run.slots:
+            del self._run_of[slot]
+        self._slabs.give_back(run.first_slab, run.num_slabs)
+
+
+def _strided(buffer: Tensor, dtype: torch.dtype, offset: int, width: int, stride: int) -> Tensor:
+    """[P, width] of `dtype`, rows `stride` bytes apart, the first at byte `offset`."""
+    whole = len(buffer) // _ALIGN * _ALIGN
+    numbers = buffer[:whole].view(dtype)
+    size = dtype.itemsize
+    return numbers.as_strided((whole // stride, width), (stride // size, 1), offset // size)
