@@ -49,6 +49,9 @@ class EngineConfig:
     max_input_chars: int = option(200_000, "Unicode code points in one input, before it is tokenised")
     default_deadline_s: float = option(30.0, "a request without a deadline of its own is given up after this long")
     module_budget_bytes: int = option(1024 * _MIB, "bytes of tenant modules kept in memory; the rest waits on disk")
+    host_budget_bytes: int = option(
+        0, "bytes of tenant modules in host memory behind those of a GPU; 0: four times module_budget_bytes with a GPU"
+    )
     max_module_bytes: int = option(256 * _MIB, "bytes of one tenant's native file")
     max_store_bytes: int = option(0, "bytes of all tenant files of the store; beyond it: store_full; 0: no limit")
     canary_interval_s: float = option(5.0, "seconds between two canary requests that prove the engine answers")
@@ -70,7 +73,7 @@ class EngineConfig:
             raise ConfigError(f"max_caller_share is {self.max_caller_share}; give a share above 0 and up to 1")
         for option_field in fields(self):
             value = getattr(self, option_field.name)
-            floor = 0 if option_field.name in ("compute_threads", "max_store_bytes") else 1e-9
+            floor = 0 if option_field.name in ("compute_threads", "max_store_bytes", "host_budget_bytes") else 1e-9
             if isinstance(value, (int, float)) and not isinstance(value, bool) and value < floor:
                 raise ConfigError(
                     f"{option_field.name} is {value}; it must be {'at least 0' if not floor else 'above 0'}"

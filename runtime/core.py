@@ -12,11 +12,12 @@ from runtime.config import EngineConfig
 from runtime.dispatcher import CANARY, Dispatcher, Terms
 from runtime.forwards import Forwards
 from runtime.health import Health
+from runtime.host_tier import HostTier
 from runtime.lanes import Lanes, usable_cores
 from runtime.loop import ServingLoop
-from runtime.manager import Manager
+from runtime.manager import Manager, typical_load_s
 from runtime.metrics import Metrics, MetricsSnapshot
-from runtime.parts import Parts
+from runtime.parts import Parts, host_budget_bytes
 from runtime.pipeline import Pipeline
 from runtime.registrar import Registrar
 from runtime.residency import residency_policy
@@ -63,6 +64,7 @@ class Core:
             results=lanes.results,
             overlapped="compute" in config.lanes,
             source=parts.words,
+            arriving=lambda tenant: self.manager.arriving(tenant),
             trace=parts.trace,
         )
         self.pipeline = Pipeline(forwards, clock, metrics)
@@ -97,6 +99,8 @@ class Core:
             clock=clock,
             metrics=metrics,
             policy=residency_policy(config.residency),
+            host=self._host_tier(),
+            uploads=self.uploads,
         )
         self.loop = ServingLoop(
             policy=policy,
@@ -120,6 +124,18 @@ class Core:
             lanes=lanes,
             reserved=parts.name,
             registrar=Registrar(parts.store, lanes.store),
+        )
+
+    def _host_tier(self) -> HostTier | None:
+        if self.parts.host_arena is None:
+            return None
+        return HostTier(
+            arena=self.parts.host_arena,
+            budget_bytes=host_budget_bytes(self.config, self.parts.model.device),
+            files=self.parts.store.blob_path,
+            lane=self.lanes.loader,
+            policy=residency_policy(self.config.residency),
+            load_cost=typical_load_s,
         )
 
     async def prove(self) -> None:

@@ -19,21 +19,23 @@ from typing import Any, Protocol
 
 from runtime.clock import Clock
 from runtime.errors import ComputeFailed, ModuleTooLarge
+from runtime.host_tier import HostTier
 from runtime.metrics import Metrics
-from runtime.residency import LfuAgeing, ResidencyPolicy
+from runtime.residency import LfuAgeing, ResidencyPolicy, make_way
+from runtime.uploads import Arrival, Uploads, module_pieces
 from vbert.arena import Arena, Reservation, ResidentTenant
 from vbert.errors import CorruptFile, VbertError
 from vbert.header import TenantHeader, read_header
 from vbert.tenant import SelfTest
 
-__all__ = ["Manager", "ResidencyListener", "Verifier"]
+__all__ = ["Manager", "ResidencyListener", "Verifier", "typical_load_s"]
 
 _HINTS_AT_ONCE = 16  # as many share one batch of self-tests (runtime/pipeline.py)
 _FORGET_FAILURE_S = 1.0  # a broken module asked for in a loop is read at most this often
 _log = logging.getLogger(__name__)
 
 
-def _typical_load_s(num_bytes: int) -> float:
+def typical_load_s(num_bytes: int) -> float:
     """Where no profile says better: 1 ms of fixed work, then 1 GB/s."""
     return 1e-3 + num_bytes * 1e-9
 
@@ -76,7 +78,7 @@ class _Entry:
 class Manager:
     """files: path of a digest's native file. self_tester: runtime/selftest.py.
     spawn: starts a task. wake: called after every change that may let something run. load_cost: seconds to bring in a
-    module of so many bytes, for the policy."""
+    module of so many bytes, for the policy. host, uploads: where modules come through host memory to a device."""
 
     arena: Arena
     budget_bytes: int
@@ -88,13 +90,16 @@ class Manager:
     wake: Callable[[], None]
     clock: Clock
     metrics: Metrics
+    host: HostTier | None = None
+    uploads: Uploads | None = None
     policy: ResidencyPolicy = field(default_factory=LfuAgeing)
-    load_cost: Callable[[int], float] = _typical_load_s
+    load_cost: Callable[[int], float] = typical_load_s
 
     def __post_init__(self) -> None:
         self._resident: dict[str, _Entry] = {}
         self._held: Mapping[str, int] = {}
         self._loading: dict[str, asyncio.Future[None]] = {}  # done when the load ended, well or not
+        self._arriving: dict[str, Arrival] = {}
         self._hinted: set[str] = set()  # those of them that no request asked for
         self._hints = asyncio.Semaphore(_HINTS_AT_ONCE)
         self._bytes: Counter[str] = Counter()
@@ -118,6 +123,10 @@ class Manager:
     def bytes_by_kind(self) -> Mapping[str, int]:
         """Bytes of every module in memory or on its way, by kind. Their sum never exceeds the budget."""
         return self._bytes
+
+    def arriving(self, tenant: ResidentTenant) -> Arrival | None:
+        """The upload that brings a module, while it runs. The compute thread asks, too."""
+        return self._arriving.get(tenant.digest)
 
     def is_ready(self, digest: str) -> bool:
         """Whether the module is in memory; "" is the backbone itself. Raises the error of a load that just failed."""
@@ -164,10 +173,12 @@ class Manager:
         self._verified.add(digest)
 
     def refuse(self, digest: str, error: VbertError) -> None:
-        """The self-tests of a pinned module failed: whoever waits for it gets the error, and it goes."""
+        """The self-tests of a module failed, or its upload: whoever waits for it gets the error, and it goes."""
         if not self._resident[digest].leaving:
             self._resident[digest].leaving = True
             self.listener.left(digest)
+        if not self._resident[digest].pins:
+            self._evict(digest)
         self.metrics.loads[error.code] += 1
         self._remember(digest, error)
         self.listener.failed(digest, error)
@@ -240,10 +251,19 @@ class Manager:
     async def _bring_in(self, digest: str, patient: bool) -> tuple[ResidentTenant, tuple[SelfTest, ...]]:
         """The module, and the self-tests to run with the requests that wait for it: none if they held before."""
         run, path = asyncio.get_running_loop().run_in_executor, self.files(digest)
-        header = await run(self.lane, read_header, path)
-        reservation = await self._reserve(header, digest) if patient else self._reserve_free(header, digest)
+        known = None if self.host is None else self.host.header(digest)
+        header = known or await run(self.lane, read_header, path)
+        source = None if self.host is None else await self.host.take(digest, header)
         try:
-            tenant = await run(self.lane, self.arena.fill, reservation, path)
+            reservation = await self._reserve(header, digest) if patient else self._reserve_free(header, digest)
+        except BaseException:
+            self._leave_host(digest)
+            raise
+        try:
+            if source is None:
+                tenant = await run(self.lane, self.arena.fill, reservation, path)
+            else:
+                tenant = await self._upload(source, reservation)
             tests = () if digest in self._verified else await self.self_tester.tests(tenant)
             if tests and not patient:
                 await self.self_tester.verify(tenant, tests)
@@ -253,6 +273,36 @@ class Manager:
             self._release(reservation)
             raise
         return replace(tenant, self_tests=()), tests  # needed once; not worth memory
+
+    async def _upload(self, source: ResidentTenant, reservation: Reservation) -> ResidentTenant:
+        """From host memory into the slots. It returns at once: a batch waits for each layer when it comes to it."""
+        assert self.uploads is not None
+        pieces, name = module_pieces(source, reservation), reservation.digest[:12]
+        start = asyncio.get_running_loop().run_in_executor(self.lane, self.uploads.start, pieces, name)
+        try:
+            arrival = await start
+        except BaseException:
+            self._leave_host(reservation.digest)
+            raise
+        self._arriving[reservation.digest] = arrival
+        self.spawn(self._arrived(reservation.digest, arrival))
+        return source.moved(reservation)
+
+    async def _arrived(self, digest: str, arrival: Arrival) -> None:
+        """Let the host's copy go when it was read, or the module where its upload failed."""
+        try:
+            await asyncio.get_running_loop().run_in_executor(self.lane, arrival.synchronize)
+        except Exception as error:
+            if digest in self._resident and self._arriving.get(digest) is arrival:
+                self.refuse(digest, _explained(error, digest))
+        finally:
+            if self._arriving.get(digest) is arrival:  # else it left meanwhile, and comes again
+                del self._arriving[digest]
+            self._leave_host(digest)
+
+    def _leave_host(self, digest: str) -> None:
+        if self.host is not None:
+            self.host.leave(digest)
 
     def _reserve_free(self, header: TenantHeader, digest: str) -> Reservation:
         fits = not self._room.locked() and self._missing(self.arena.num_bytes(header)) <= 0
@@ -270,11 +320,18 @@ class Manager:
                 f"the module takes {need_bytes} bytes, module_budget_bytes is {self.budget_bytes}"
                 f"{f' and pinned tenants hold {held_bytes}' if held_bytes else ''}; raise the budget"
             )
+        if not self.arena.can_hold(header):
+            raise ModuleTooLarge(
+                f"a slot of the module does not fit into the {self.budget_bytes} bytes of module_budget_bytes; raise it"
+            )
         async with self._room:
             while True:
-                if self._make_room(need_bytes) and (reservation := self.arena.reserve(header, digest)) is not None:
-                    self._bytes.update(reservation.bytes_by_kind)
-                    return reservation
+                if self._make_room(need_bytes):
+                    if (reservation := self.arena.reserve(header, digest)) is not None:
+                        self._bytes.update(reservation.bytes_by_kind)
+                        return reservation
+                    if self._make_way(header):
+                        continue
                 self._retire(need_bytes)
                 self._changed.clear()
                 await self._changed.wait()
@@ -285,6 +342,16 @@ class Manager:
         for digest in victims or ():
             self._evict(digest)
         return victims is not None
+
+    def _make_way(self, header: TenantHeader) -> bool:
+        """There are bytes enough, but no slot of the right size."""
+        rivals = make_way(self.policy, *self.arena.rivals(header), self._must_stay)
+        for digest in rivals or ():
+            self._evict(digest)
+        return bool(rivals)
+
+    def _must_stay(self, digest: str) -> bool:
+        return digest not in self._resident or self._is_pinned(digest)
 
     def _retire(self, need_bytes: int) -> None:
         """Choose again among the modules in use; those chosen take part in no new batch and go when theirs end."""

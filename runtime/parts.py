@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from runtime.clock import Clock
 from runtime.config import EngineConfig
@@ -16,13 +19,14 @@ from vbert.arena import Arena
 from vbert.errors import ConfigError, CorruptFile, UnknownTenant
 from vbert.formats.transformers_folder import Backbone, read_backbone
 from vbert.kernels.warm_up import warm_up
+from vbert.memory import Slabs
 from vbert.model import Model, resolve_dtype
 from vbert.rows import MappedRows, publish_rows
 from vbert.selftest import make_self_tests
 from vbert.tenant import SelfTest
 from vbert.tokenizer import Tokenizer
 
-__all__ = ["Parts", "load_parts"]
+__all__ = ["Parts", "host_budget_bytes", "load_parts"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +42,7 @@ class Parts:
     device: Device
     trace: Trace | None
     arena: Arena
+    host_arena: Arena | None
     store: TenantStore
     canary: SelfTest
 
@@ -91,6 +96,7 @@ def load_parts(config: EngineConfig, clock: Clock) -> Parts:
         warm_up(model.dtype)  # else the first tenant of a kind would hold up everybody's batches
         device = open_device(model.device, clock)
         undo.callback(device.close)
+        arena, host_arena = _arenas(config, model, device)
         parts = Parts(
             name=name,
             backbone=backbone,
@@ -99,12 +105,36 @@ def load_parts(config: EngineConfig, clock: Clock) -> Parts:
             words=words,
             device=device,
             trace=Trace(config.trace, device) if config.trace else None,
-            arena=Arena(backbone.config, backbone.fingerprint, model.dtype, config.module_budget_bytes),
+            arena=arena,
+            host_arena=host_arena,
             store=store,
             canary=make_self_tests(backbone, None, tokenizer, texts=("ok",))[0],
         )
         undo.pop_all()
     return parts
+
+
+def _arenas(config: EngineConfig, model: Model, device: Device) -> tuple[Arena, Arena | None]:
+    """Where forwards read modules, and pinned host memory behind it if there is a device. Raises ConfigError."""
+    make = partial(Arena, model.config, model.fingerprint, model.dtype)
+    budget, host_budget = config.module_budget_bytes, host_budget_bytes(config, model.device)
+    if not host_budget:
+        return make(budget), None
+    try:
+        memory, host_memory = Slabs(device.empty(budget)), Slabs(device.pinned(host_budget))
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError, and what cupy raises for pinned memory
+        raise ConfigError(
+            f"module_budget_bytes {budget} on the device and host_budget_bytes {host_budget} of pinned memory are not "
+            f"to be had ({error}); lower them"
+        ) from error
+    return make(budget, memory=memory), make(host_budget, memory=host_memory)
+
+
+def host_budget_bytes(config: EngineConfig, device: torch.device) -> int:
+    """Bytes of the tier between disk and device; 0: there is none, since the host's memory is the device's."""
+    if config.host_budget_bytes or device.type == "cpu":
+        return config.host_budget_bytes
+    return 4 * config.module_budget_bytes
 
 
 def _mapped_words(backbone: Backbone, config: EngineConfig) -> MappedRows:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from vbert.errors import ConfigError
 
-__all__ = ["POLICIES", "LfuAgeing", "Lru", "ResidencyPolicy", "residency_policy"]
+__all__ = ["POLICIES", "LfuAgeing", "Lru", "ResidencyPolicy", "make_way", "residency_policy"]
 
 _REMEMBERED = 65_536  # modules that left, whose use counts are kept
 
@@ -132,6 +132,17 @@ class LfuAgeing:
     def _is_current(self, entry: tuple[float, int, str]) -> bool:
         known = self._resident.get(entry[2])
         return known is not None and known.tick == entry[1]
+
+
+def make_way(
+    policy: ResidencyPolicy, same: Set[str], crowds: Iterable[frozenset[str]], keep: Callable[[str], bool]
+) -> tuple[str, ...] | None:
+    """Who to evict so that a slot of one class becomes free, when there are bytes enough but no slot.
+
+    same: any one of these would do.  crowds: so would all of one of these; the first without one to keep is taken.
+    """
+    one = policy.victims(1, lambda digest: digest not in same or keep(digest)) if same else None
+    return one or next((tuple(crowd) for crowd in crowds if not any(map(keep, crowd))), None)
 
 
 POLICIES: dict[str, Callable[[], ResidencyPolicy]] = {"lru": Lru, "lfu": LfuAgeing}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -47,8 +47,9 @@ class ArenaClass:
         self.owners: dict[int, str] = {}
 
     @property
-    def num_slots(self) -> int:
-        return self.values.shape[0]
+    def capacity(self) -> int:
+        """Slots there is room for when no other class has any; at least this many."""
+        return self._region.capacity
 
     def take(self, digest: str) -> int | None:
         """A free slot, now owned by `digest`; None when there is no room for one more."""
@@ -140,6 +141,15 @@ class ResidentTenant:
     def num_bytes(self) -> int:
         return self.reservation.num_bytes
 
+    def moved(self, reservation: Reservation) -> ResidentTenant:
+        """The same tenant with its slots elsewhere, whose numbers come from an upload. The head goes to that device."""
+        device = next((c.values.device for c, _ in reservation.slots), torch.device("cpu"))
+        layers = tuple(
+            replace(d, weight=d.weight.to(device), bias=None if d.bias is None else d.bias.to(device))
+            for d in self.head.layers
+        )
+        return replace(self, reservation=reservation, head=replace(self.head, layers=layers))
+
     def owned(self) -> bool:
         """Whether every slot still belongs to this digest. A batch asks before and after it ran."""
         return all(arena_class.owners.get(slot) == self.digest for arena_class, slot in self.slots)
@@ -189,6 +199,10 @@ class Arena:
         return Reservation(
             digest=digest, header=header, slots=tuple(taken), num_bytes=sum(by_kind.values()), bytes_by_kind=by_kind
         )
+
+    def can_hold(self, header: TenantHeader) -> bool:
+        """Whether the tenant would find its slots if nobody else had any."""
+        return all(self._class_of(layout).capacity for layout in header.layouts.values())
 
     def rivals(self, header: TenantHeader) -> tuple[set[str], list[frozenset[str]]]:
         """Who could make way for a slot that `reserve` did not find: any one of the first, who hold slots of the same

@@ -32,6 +32,7 @@ class Region(Protocol):
     """Room for equal slots. arrays: [P, width] of each part, every slot being one row of each."""
 
     arrays: tuple[Tensor, ...]
+    capacity: int  # slots it can have when no other region has any
 
     def take(self) -> int | None:
         """A free slot; None when there is no room for one more."""
@@ -70,13 +71,13 @@ class _Mapping:
     def __init__(self, parts: Parts, num_slots: int) -> None:
         self._maps: list[tuple[mmap.mmap, int]] = []
         self.arrays = tuple(self._allocate(num_slots, width, dtype) for width, dtype in parts)
-        self._num_slots, self._untouched = num_slots, 0
+        self.capacity, self._untouched = num_slots, 0
         self._free: list[int] = []
 
     def take(self) -> int | None:
         if self._free:
             return heapq.heappop(self._free)
-        if self._untouched == self._num_slots:
+        if self._untouched == self.capacity:
             return None
         self._untouched += 1
         return self._untouched - 1
@@ -155,6 +156,7 @@ class _SlabRegion:
             _strided(slabs.buffer, dtype, offset, width, self._stride)
             for offset, (width, dtype) in zip(offsets, parts, strict=True)
         )
+        self.capacity = len(slabs.buffer) // _SLAB_BYTES * _SLAB_BYTES // self._stride
         self._run_of: dict[int, _Run] = {}
         self._free: list[int] = []
 
@@ -180,9 +182,10 @@ class _SlabRegion:
 
     def _grow(self) -> bool:
         """Take a run with room for several slots, or for one where there is no more."""
+        whole = len(self._slabs.buffer) // _SLAB_BYTES  # such a run wastes nothing before its first slot
         for slots in (_SLOTS_IN_RUN, 1):
-            count = -(-(slots + 1) * self._stride // _SLAB_BYTES)
-            if (first := self._slabs.take(count)) is not None:
+            count = min(whole, -(-(slots + 1) * self._stride // _SLAB_BYTES))
+            if self.capacity and (first := self._slabs.take(count)) is not None:
                 begin, end = first * _SLAB_BYTES, (first + count) * _SLAB_BYTES
                 run = _Run(first, count, range(-(-begin // self._stride), end // self._stride))
                 self._run_of |= dict.fromkeys(run.slots, run)
