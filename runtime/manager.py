@@ -252,7 +252,7 @@ class Manager:
         """The module, and the self-tests to run with the requests that wait for it: none if they held before."""
         run, path = asyncio.get_running_loop().run_in_executor, self.files(digest)
         known = None if self.host is None else self.host.header(digest)
-        header = known or await run(self.lane, read_header, path)
+        header = await run(self.lane, read_header, path) if known is None else known
         source = None if self.host is None else await self.host.take(digest, header)
         try:
             reservation = await self._reserve(header, digest) if patient else self._reserve_free(header, digest)
