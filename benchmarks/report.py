@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from benchmarks import density_report
 from vbert.errors import ConfigError
 
 __all__ = ["DOCUMENTS", "RESULTS", "TABLES", "fill", "latest", "output_flags", "publish"]
@@ -257,6 +258,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "engine_options": engine_options,
     "http_options": http_options,
     "train_options": train_options,
+    **density_report.tables(results, _where, markdown),
 }
 
 
