@@ -19,6 +19,7 @@ from runtime.manager import Manager, typical_load_s
 from runtime.metrics import Metrics, MetricsSnapshot
 from runtime.parts import Parts, host_budget_bytes
 from runtime.pipeline import Pipeline
+from runtime.pressure import MemoryPressure
 from runtime.registrar import Registrar
 from runtime.residency import residency_policy
 from runtime.scheduler import BatchPolicy
@@ -67,7 +68,7 @@ class Core:
             arriving=lambda tenant: self.manager.arriving(tenant),
             trace=parts.trace,
         )
-        self.pipeline = Pipeline(forwards, clock, metrics)
+        self.pipeline = Pipeline(forwards, MemoryPressure(config.max_batch_tokens, clock), clock, metrics)
         self.dispatcher = Dispatcher(
             config=config,
             tokenizer=parts.tokenizer,
@@ -75,6 +76,7 @@ class Core:
             serves=parts.serves,
             is_ready=lambda digest: self.manager.is_ready(digest),
             rate=lambda: self.pipeline.tokens_per_s(config.max_batch_tokens),
+            pressure=lambda: self.pipeline.pressure.refusal,
             wake=event.set,
             clock=clock,
             metrics=metrics,
@@ -108,7 +110,6 @@ class Core:
             manager=self.manager,
             self_tester=self_tester,
             pipeline=self.pipeline,
-            max_batch_tokens=config.max_batch_tokens,
             event=event,
             clock=clock,
             metrics=metrics,

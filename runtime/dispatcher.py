@@ -48,7 +48,8 @@ class Terms:
 @dataclass(kw_only=True, eq=False)
 class Dispatcher:
     """serves: what a tenant's active version serves, or raises. is_ready: whether a module is in memory, or raises what
-    is wrong with it. rate: measured tokens per second, None before the first batch. wake: called when requests came or
+    is wrong with it. rate: measured tokens per second, None before the first batch. pressure: why nothing is admitted
+    for a moment. wake: called when requests came or
     left."""
 
     config: EngineConfig
@@ -57,6 +58,7 @@ class Dispatcher:
     serves: Callable[[str], Served]
     is_ready: Callable[[str], bool]
     rate: Callable[[], float | None]
+    pressure: Callable[[], VbertError | None]
     wake: Callable[[], None]
     clock: Clock
     metrics: Metrics
@@ -169,8 +171,9 @@ class Dispatcher:
 
     async def _submit(self, method: str, tenant: str, inputs: Any, terms: Terms) -> Pending:
         arrival_s = self.clock.now_s()
-        if self.refusal is not None:
-            raise copy(self.refusal)
+        pressure = None if terms.caller == CANARY else self.pressure()
+        if (refusal := self.refusal or pressure) is not None:
+            raise copy(refusal)
         if not isinstance(tenant, str):
             raise BadRequest(f"the tenant is of type {type(tenant).__name__}; give its name", param="model")
         served = self.serves(tenant)

@@ -51,7 +51,7 @@ class Launch:
 @dataclass(frozen=True, slots=True)
 class Computed:
     """outcomes: of every sequence of the launch. num_tokens: of those computed. reran: one tenant at a time. ahead_s:
-    what the lanes did for it that can be done while the batch before it computes."""
+    what the lanes did for it that can be done while the batch before it computes. out_of_memory: it did not fit."""
 
     outcomes: list[Outcome]
     num_tokens: int
@@ -59,6 +59,7 @@ class Computed:
     num_threads: int
     reran: bool
     ahead_s: float = 0.0
+    out_of_memory: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,7 @@ class _Running:
     end: Event
     finish: Callable[[], list[Tensor]] | None
     answer: Future[Computed]
+    out_of_memory: bool = False
 
 
 def _none_arriving(_: ResidentTenant) -> Arriving | None:
@@ -147,7 +149,7 @@ class Forwards:
 
     def _issue(self, launch: Launch, early: Future[_Early] | None, answer: Future[Computed]) -> _Running | None:
         """Issue the forward of those that still have a caller; None: nobody has."""
-        stream, finish = self._device.compute, None
+        stream, finish, out_of_memory = self._device.compute, None, False
         if early is None and self._rows is not None:
             early = self._rows.submit(self._prepare, launch)
         prepared, error, keep = self._received(launch, early)
@@ -162,7 +164,7 @@ class Forwards:
                 raise error
             finish = self._launch(prepared or self._inline(sequences), launch.batch_id)
         except Exception as failure:
-            _log.error("a batch of %d sequences failed; trying tenant by tenant", len(sequences), exc_info=failure)
+            out_of_memory = _failed(failure, len(sequences))
         return _Running(
             launch=launch,
             keep=keep,
@@ -176,6 +178,7 @@ class Forwards:
             end=stream.record(),
             finish=finish,
             answer=answer,
+            out_of_memory=out_of_memory,
         )
 
     def _received(
@@ -256,7 +259,7 @@ class Forwards:
             outcomes: list[Outcome] = list(running.finish())
             running.end.synchronize()
         except Exception as error:
-            _log.error("a batch of %d sequences failed; trying tenant by tenant", len(running.keep), exc_info=error)
+            running.out_of_memory = _failed(error, len(running.keep))
             return []
         if self._trace is not None and begin is not None:
             name, tenants = f"batch {running.launch.batch_id}", len({s.tenant for s in running.sequences})
@@ -276,12 +279,15 @@ class Forwards:
     ) -> None:
         left = iter(outcomes)
         every = [next(left) if kept else _LEFT for kept in running.keep]
-        running.answer.set_result(Computed(every, running.num_tokens, compute_s, running.num_threads, reran, ahead_s))
+        counts = running.num_tokens, compute_s, running.num_threads, reran, ahead_s, running.out_of_memory
+        running.answer.set_result(Computed(every, *counts))
 
     # ---- on the compute thread, after a failure ----------------------------------------------------------------------
 
     def _rerun(self, running: _Running) -> None:
         with _told(running.answer):
+            if running.out_of_memory:
+                self._model.free_memory()
             groups = groupby(running.sequences, key=lambda sequence: sequence.tenant)
             outcomes = [outcome for _, group in groups for outcome in self._alone(list(group), running.launch.batch_id)]
             # what was issued before something raised still runs and reads modules that may go when this is told
@@ -294,6 +300,10 @@ class Forwards:
             outputs = self._launch(self._inline(sequences), batch_id)()
         except Exception as error:
             _log.error("a batch of one tenant failed", exc_info=error)
+            if _is_out_of_memory(error) and len(sequences) > 1:
+                self._model.free_memory()
+                half = len(sequences) // 2
+                return [*self._alone(sequences[:half], batch_id), *self._alone(sequences[half:], batch_id)]
             return [ComputeFailed(f"the forward pass of this tenant failed: {error}")] * len(sequences)
         broken = ComputeFailed("the tenant gave numbers that are not finite for this input; look at its training")
         return [output if _is_finite(output) else broken for output in outputs]
@@ -306,6 +316,16 @@ def _told(answer: Future[Computed]) -> Iterator[None]:
         yield
     except BaseException as error:
         answer.set_exception(error)
+
+
+def _failed(error: Exception, num_sequences: int) -> bool:
+    """Log why a batch failed. Whether memory was short."""
+    _log.error("a batch of %d sequences failed; trying tenant by tenant", num_sequences, exc_info=error)
+    return _is_out_of_memory(error)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def _check_owned(tenants: Iterable[ResidentTenant]) -> None:

@@ -37,7 +37,6 @@ class ServingLoop:
     manager: Manager
     self_tester: SelfTester
     pipeline: Pipeline
-    max_batch_tokens: int
     event: asyncio.Event
     clock: Clock
     metrics: Metrics
@@ -53,6 +52,7 @@ class ServingLoop:
 
     def view(self) -> View:
         queue, pipeline = self.dispatcher.queue, self.pipeline
+        batch_tokens = pipeline.pressure.batch_tokens
         return View(
             now_s=self.clock.now_s(),
             waiting=queue.waiting,
@@ -64,8 +64,8 @@ class ServingLoop:
             loading=self.manager.loading,
             in_flight=pipeline.in_flight,
             busy_until_s=pipeline.busy_until_s,
-            max_batch_tokens=self.max_batch_tokens,
-            tokens_per_s=pipeline.tokens_per_s(self.max_batch_tokens),
+            max_batch_tokens=batch_tokens,
+            tokens_per_s=pipeline.tokens_per_s(batch_tokens),
             ahead_s=pipeline.ahead_s,
         )
 

@@ -84,6 +84,7 @@ class MetricsSnapshot:
     batch_tokens: HistogramSnapshot
     compute_busy_s: float
     reruns: int  # batches that failed and were run again tenant by tenant
+    out_of_memory: int  # those of them that found too little device memory
     computed_inputs: Mapping[str, int]
     loads: Mapping[str, int]
     load_s: HistogramSnapshot
@@ -113,6 +114,7 @@ class Metrics:
     compute_busy_s: float = 0.0
     compute_threads: int = 0
     reruns: int = 0
+    out_of_memory: int = 0
     computed_inputs: Counter[str] = field(default_factory=Counter)
     loads: Counter[str] = field(default_factory=Counter)
     load_s: Histogram = field(default_factory=lambda: Histogram(SECONDS))
@@ -149,6 +151,7 @@ class Metrics:
             batch_tokens=self.batch_tokens.snapshot(),
             compute_busy_s=self.compute_busy_s,
             reruns=self.reruns,
+            out_of_memory=self.out_of_memory,
             computed_inputs=dict(self.computed_inputs),
             loads=dict(self.loads),
             load_s=self.load_s.snapshot(),

@@ -19,6 +19,7 @@ from runtime.clock import Clock
 from runtime.errors import ComputeFailed
 from runtime.forwards import Computed, Forwards, Launch, Outcome
 from runtime.metrics import Metrics
+from runtime.pressure import MemoryPressure
 from runtime.throughput import Throughput
 from vbert.errors import VbertError
 from vbert.model import SequenceInput
@@ -34,7 +35,8 @@ _log = logging.getLogger(__name__)
 class Pipeline:
     """`launch` from the event loop; `done` is called on it. State is touched by the event loop only."""
 
-    def __init__(self, forwards: Forwards, clock: Clock, metrics: Metrics) -> None:
+    def __init__(self, forwards: Forwards, pressure: MemoryPressure, clock: Clock, metrics: Metrics) -> None:
+        self.pressure = pressure
         self._forwards, self._clock, self._metrics = forwards, clock, metrics
         self._ids = count()
         self._throughput = Throughput()
@@ -134,4 +136,6 @@ class Pipeline:
         self._metrics.batch_tokens.observe(computed.num_tokens)
         self._metrics.compute_busy_s += computed.compute_s
         self._metrics.reruns += computed.reran
+        self._metrics.out_of_memory += computed.out_of_memory
+        self.pressure.observe(computed.num_tokens, computed.out_of_memory)
         done(computed.outcomes, computed.compute_s)

@@ -96,6 +96,12 @@ class Model:
         resolved = resolve_device(device)
         return cls(backbone, resolve_dtype(dtype), resolved, words)
 
+    def free_memory(self) -> None:
+        """Let go of what is kept for the next forward, after one that found no room."""
+        self._spaces.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def pack(self, sequences: Sequence[SequenceInput]) -> PackedBatch:
         return PackedBatch.build(sequences, self.config, self.embed_head)
 

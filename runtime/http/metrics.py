@@ -74,6 +74,7 @@ def _counters(now: MetricsSnapshot) -> Iterable[Metric]:
         ("vbert_tokens", "Tokens answered, special ones included.", now.tokens),
         ("vbert_batches", "Forward passes.", now.batches),
         ("vbert_reruns", "Batches that failed and were run again tenant by tenant.", now.reruns),
+        ("vbert_out_of_memory", "Batches that found too little device memory.", now.out_of_memory),
         ("vbert_evictions", "Modules dropped from memory for others.", now.evictions),
         ("vbert_compute_busy_seconds", "Seconds the compute lane was busy.", now.compute_busy_s),
     ):

@@ -7,11 +7,13 @@ import os
 import pytest
 import torch
 
-from runtime.errors import ComputeFailed
+from runtime.errors import ComputeFailed, ServerFull
+from tests.fakes import ManualClock
 from tests.serving.helpers import add, held, outcome, until
 from tests.tiny import TEXTS
 from vbert.arena import Arena
 from vbert.errors import CorruptFile
+from vbert.model import Model
 
 
 def accounts(engine):
@@ -137,3 +139,64 @@ async def test_cancelled_callers_of_a_cold_tenant_leave_nothing_behind(serving, 
             release()
             assert (await asked[-1]).tenant == "t"
         assert accounts(engine).resident_modules == 1
+
+
+@pytest.fixture
+def small_memory(monkeypatch):
+    """A device on which no forward of more than so many tokens fits."""
+    launch = Model.launch
+
+    def limited(model, batch, feed=None):
+        if len(batch.rows.token_ids) > limit[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return launch(model, batch, feed)
+
+    limit = [10**9]
+    monkeypatch.setattr(Model, "launch", limited)
+    return limit
+
+
+async def test_out_of_device_memory_costs_no_answer_and_pauses_admission(serving, factory, small_memory):
+    clock = ManualClock(10.0)
+    async with serving(clock=clock, max_batch_tokens=512) as engine:
+        for tenant in "ab":
+            await add(engine, tenant, factory.tenant("lora"))
+        expected = {tenant: (await engine.classify(tenant, TEXTS)).probabilities for tenant in "ab"}
+        longest = max(len(e.token_ids) for e in engine._core.parts.tokenizer.encode(TEXTS))
+        small_memory[0] = longest
+        with held(engine._core.lanes.compute) as release:
+            asked = [asyncio.create_task(engine.classify(tenant, TEXTS)) for tenant in "aab"]
+            await until(lambda: engine._core.pipeline.in_flight)
+            release()
+            answers = await asyncio.gather(*asked)
+        for answer in answers:
+            torch.testing.assert_close(answer.probabilities, expected[answer.tenant], rtol=0, atol=1e-5)
+        assert engine.snapshot().out_of_memory > 0
+        with pytest.raises(ServerFull, match="ran out of memory") as refused:
+            await engine.classify("a", TEXTS)
+        assert 0 < refused.value.retry_after_s <= 1.0
+        clock.now += 1.0
+        assert engine._core.loop.view().max_batch_tokens < 512
+        assert (await engine.classify("a", TEXTS)).tenant == "a"
+        small_memory[0] = 10**9
+        for _ in range(60):
+            clock.now += 1.0
+            await engine.classify("a", TEXTS * 6)
+        assert engine._core.loop.view().max_batch_tokens == 512
+        accounts(engine)
+
+
+async def test_one_input_that_never_fits_is_that_requests_trouble(serving, factory, small_memory):
+    clock = ManualClock(10.0)
+    async with serving(clock=clock) as engine:
+        await add(engine, "t", factory.tenant("lora"))
+        lengths = [len(e.token_ids) for e in engine._core.parts.tokenizer.encode(TEXTS)]
+        short = TEXTS[lengths.index(min(lengths))]
+        await engine.classify("t", TEXTS)
+        small_memory[0] = min(lengths)
+        failed = await outcome(engine.classify("t", [TEXTS[lengths.index(max(lengths))]]))
+        assert isinstance(failed, ComputeFailed)
+        assert "out of memory" in failed.message
+        clock.now += 1.0
+        assert (await engine.classify("t", [short])).tenant == "t"
+        accounts(engine)

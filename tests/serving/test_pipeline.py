@@ -14,6 +14,7 @@ from runtime.errors import ComputeFailed
 from runtime.forwards import Forwards
 from runtime.metrics import Metrics
 from runtime.pipeline import Pipeline
+from runtime.pressure import MemoryPressure
 from runtime.streams import CpuDevice
 from runtime.threads import ThreadChoice
 from tests.serving.helpers import Dense
@@ -50,7 +51,7 @@ def model(backbone):
 def make_pipeline(model, lane, threads):
     clock = MonotonicClock()
     forwards = Forwards(model, CpuDevice(clock), lane, clock=clock, threads=threads)
-    return Pipeline(forwards, clock, Metrics())
+    return Pipeline(forwards, MemoryPressure(4096, clock), clock, Metrics())
 
 
 @pytest.fixture
