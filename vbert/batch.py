@@ -36,6 +36,7 @@ class Segments:
     def __init__(self, slot: Ints, start: Ints, stop: Ints) -> None:
         keep = stop > start
         self.slot, self.start, self.stop = slot[keep], start[keep], stop[keep]
+        self._device_blocks: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.slot)
@@ -63,6 +64,12 @@ class Segments:
         start = np.repeat(self.start, pieces) + nth * size
         count = np.minimum(size, np.repeat(self.stop, pieces) - start)
         return np.stack([np.repeat(self.slot, pieces), start, count], 1).astype(np.uint64)
+
+    def device_blocks(self, device: torch.device) -> Tensor:
+        """[n, 3] int32 `blocks` on a device, for CUDA kernels: there already where the batch was moved."""
+        if self._device_blocks is None:
+            self._device_blocks = torch.from_numpy(self.blocks.astype(np.int32)).to(device)
+        return self._device_blocks
 
     @cached_property
     def _chunk_rows(self) -> int:

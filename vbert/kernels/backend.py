@@ -14,12 +14,13 @@ __all__ = ["Backend", "pick"]
 class Backend(Enum):
     REFERENCE = "reference"  # the docstring equation, loops welcome, any device
     CPU = "cpu"
+    CUDA = "cuda"
 
 
 def pick(backend: Backend | None, tensor: Tensor) -> Backend:
     """The backend to use for a tensor: the one asked for, or the one of its device."""
     if backend is not None:
         return backend
-    if tensor.device.type != "cpu":
-        raise KernelUnavailable(f"no operator runs on {tensor.device.type!r} yet; use device='cpu'")
-    return Backend.CPU
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise KernelUnavailable(f"no operator runs on {tensor.device.type!r}; use device='cpu' or 'cuda'")
+    return Backend(tensor.device.type)

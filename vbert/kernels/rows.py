@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vbert.errors import ShapeError
 
-__all__ = ["Rows", "as_rows", "load", "store", "use_threads"]
+__all__ = ["Rows", "as_rows", "as_rows_of_half", "load", "store", "use_threads"]
 
 _WORK_PER_THREAD = 1 << 16  # multiply-adds, some 10 us: less than waking a thread is worth
 
@@ -35,11 +35,20 @@ def as_rows(tensor: Tensor) -> Rows:
     """
     if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.bfloat16, torch.int32):
         raise ShapeError(f"a CPU kernel takes float32, bfloat16 or int32 on cpu, got {tensor.dtype} on {tensor.device}")
+    flat = _flat(tensor)
+    return (flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat).numpy(), np.uint64(tensor.stride(0))
+
+
+def as_rows_of_half(tensor: Tensor) -> Rows:
+    """The same of float16, which kernels can only read: as int16, so that `load` tells it from bfloat16."""
+    return _flat(tensor).view(torch.int16).numpy(), np.uint64(tensor.stride(0))
+
+
+def _flat(tensor: Tensor) -> Tensor:
     if tensor.dim() != 2 or (tensor.shape[1] > 1 and tensor.stride(1) != 1):
         raise ShapeError(f"a CPU kernel takes rows of neighbouring numbers, got strides {tensor.stride()}")
     rows, width = tensor.shape
-    flat = tensor.detach().as_strided(((rows - 1) * tensor.stride(0) + width,), (1,))
-    return (flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat).numpy(), np.uint64(tensor.stride(0))
+    return tensor.detach().as_strided((max(0, (rows - 1) * tensor.stride(0) + width),), (1,))
 
 
 def use_threads(work: int) -> None:
@@ -71,6 +80,28 @@ def _float_to_bits(typing_context, value):  # type: ignore[no-untyped-def]
     return types.uint32(types.float32), generate
 
 
+@intrinsic
+def _half_to_float(typing_context, bits):  # type: ignore[no-untyped-def]
+    """float32 of the 16 bits of a float16. Integer arithmetic: not every processor converts by itself."""
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        def word(number: int) -> Any:
+            return ir.Constant(ir.IntType(32), number)
+
+        magnitude = builder.and_(args[0], word(0x7FFF))
+        shifted = builder.shl(magnitude, word(13))
+        # The exponents of the two formats are 112 apart; infinities and NaN keep all bits of theirs.
+        grown = builder.fmul(builder.bitcast(shifted, ir.FloatType()), ir.Constant(ir.FloatType(), 2.0**112))
+        special = builder.icmp_unsigned(">=", magnitude, word(0x7C00))
+        unsigned = builder.select(
+            special, builder.or_(shifted, word(0x7F800000)), builder.bitcast(grown, ir.IntType(32))
+        )
+        sign = builder.shl(builder.and_(args[0], word(0x8000)), word(16))
+        return builder.bitcast(builder.or_(unsigned, sign), ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
 def load(value: Any) -> Any:
     """float32 of one number of an `as_rows` array. Only inside kernels."""
     raise NotImplementedError("compiled by numba")
@@ -80,6 +111,8 @@ def load(value: Any) -> Any:
 def _load(value):  # type: ignore[no-untyped-def]
     if value == types.uint16:
         return lambda value: _bits_to_float(np.uint32(value) << np.uint32(16))  # type: ignore[call-arg]
+    if value == types.int16:
+        return lambda value: _half_to_float(np.uint32(np.uint16(value)))  # type: ignore[call-arg]
     return lambda value: value
 
 

@@ -10,6 +10,7 @@ from vbert.batch import Segments
 from vbert.errors import ShapeError
 from vbert.kernels.backend import Backend, pick
 from vbert.kernels.two_products import add_two_products
+from vbert.kernels.two_products_cuda import SiteProducts, launch_two_products
 
 __all__ = ["segmented_bottleneck"]
 
@@ -31,7 +32,7 @@ def segmented_bottleneck(
     For segment s with rows i:j and slot p: out[i:j] += act(hidden[i:j] @ down[p] + down_bias[p]) @ up[p] + up_bias[p]
 
     Args:
-        hidden: [T, H] float32 or bfloat16; may be `out` itself.  out: [T, H], updated in place.
+        hidden: [T, H] float32 or bfloat16, on a GPU also float16; may be `out` itself.  out: [T, H], updated in place.
         down: [P, H, R], down_bias: [P, R], up: [P, R, H], up_bias: [P, H]: strided views of the arena.
     Returns: `out`. Raises: ShapeError, KernelUnavailable.
     Source: Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2007.07779; He et al. 2021,
@@ -41,8 +42,13 @@ def segmented_bottleneck(
         raise ShapeError(
             f"down {list(down.shape)} and up {list(up.shape)} do not fit {list(hidden.shape)} -> {list(out.shape)}"
         )
-    if pick(backend, hidden) is Backend.REFERENCE:
+    chosen = pick(backend, hidden)
+    if chosen is Backend.REFERENCE:
         return reference(hidden, down, down_bias, up, up_bias, segments, activation, out)
+    if chosen is Backend.CUDA:
+        site = SiteProducts(down, up, out, down_bias, up_bias)
+        launch_two_products(hidden, [site], segments, activation=activation)
+        return out
     if hidden.dtype == torch.float32:
         add_two_products(hidden, down, up, segments, out=out, biases=(down_bias, up_bias), activation=activation)
         return out

@@ -15,11 +15,18 @@ from torch import Tensor
 from vbert.batch import BLOCK_ROWS, Segments
 from vbert.errors import ShapeError
 from vbert.kernels.backend import Backend, pick
+from vbert.kernels.cuda import address, describe, launch
 from vbert.kernels.rows import as_rows, load, store, use_threads
 
 __all__ = ["segmented_sparse"]
 
 
+_ARGUMENTS = describe(
+    **dict.fromkeys(("blocks", "row_starts", "columns", "x", "values", "out"), "p"),
+    **dict.fromkeys(("row_starts_stride", "columns_stride", "x_stride", "values_stride", "out_stride"), "l"),
+    **dict.fromkeys(("width_in", "width_out"), "i"),
+)
+_CUDA_OUTPUTS = 64  # of a thread block, SPARSE_OUTPUTS in csrc/sparse.cu
 _TILE = 16  # columns at a time while a block is transposed: its lines stay in the first-level cache
 
 
@@ -39,7 +46,8 @@ def segmented_sparse(
     over row_starts[p, o] <= e < row_starts[p, o + 1].
 
     Args:
-        hidden: [T, H_in] float32 or bfloat16.  out: [T, H_out], may be columns of a wider tensor, updated in place.
+        hidden: [T, H_in] float32 or bfloat16, on a GPU also float16.
+        out: [T, H_out], may be columns of a wider tensor, updated in place.
         row_starts: [P, H_out + 1] int32, absolute positions in the slot.  columns: [P, N] int32.  values: [P, N], the
             dtype of `hidden`: strided views of the arena, checked when the slot was filled.
     Returns: `out`, accumulated in float32. Raises: ShapeError, KernelUnavailable.
@@ -48,8 +56,11 @@ def segmented_sparse(
     """
     if row_starts.shape[1] != out.shape[1] + 1 or columns.shape != values.shape:
         raise ShapeError(f"row starts {list(row_starts.shape)} do not fit out {list(out.shape)}")
-    if pick(backend, hidden) is Backend.REFERENCE:
+    chosen = pick(backend, hidden)
+    if chosen is Backend.REFERENCE:
         return reference(hidden, row_starts, columns, values, segments, out)
+    if chosen is Backend.CUDA:
+        return _cuda(hidden, row_starts, columns, values, segments, out)
     use_threads(len(segments.rows) * columns.shape[1] // 4)
     matrix = as_rows(row_starts), as_rows(columns), as_rows(values)
     widths = np.uint64(hidden.shape[1]), np.uint64(out.shape[1])
@@ -63,8 +74,8 @@ def reference(
     for p, i, j in zip(segments.slot, segments.start, segments.stop, strict=True):
         starts = row_starts[p].to(torch.int64)
         used = slice(int(starts[0]), int(starts[-1]))
-        dense = torch.zeros(out.shape[1], hidden.shape[1])
-        outputs = torch.repeat_interleave(torch.arange(out.shape[1]), starts.diff())
+        dense = torch.zeros(out.shape[1], hidden.shape[1], device=hidden.device)
+        outputs = torch.repeat_interleave(torch.arange(out.shape[1], device=hidden.device), starts.diff())
         dense.index_put_((outputs, columns[p, used].to(torch.int64)), values[p, used].float(), accumulate=True)
         out[i:j] += (hidden[i:j].float() @ dense.T).to(out.dtype)
     return out
@@ -141,3 +152,13 @@ def _cpu(hidden, row_starts, columns, values, blocks, out, width_in, width_out):
                 y0 = (first + r) * y_stride
                 for h in range(tile, min(tile + np.uint64(_TILE), width_out)):
                     store(y, y0 + h, load(y[y0 + h]) + total[h * size + r])
+
+
+def _cuda(
+    hidden: Tensor, row_starts: Tensor, columns: Tensor, values: Tensor, segments: Segments, out: Tensor
+) -> Tensor:
+    blocks = segments.device_blocks(hidden.device)
+    tensors = (row_starts, columns, hidden, values, out)
+    row = (address(blocks), *map(address, tensors), *(t.stride(0) for t in tensors), hidden.shape[1], out.shape[1])
+    launch("sparse", np.array([row], _ARGUMENTS), out, (len(blocks), -(-out.shape[1] // _CUDA_OUTPUTS)))
+    return out

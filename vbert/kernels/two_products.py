@@ -16,11 +16,11 @@ from vbert.batch import Segments
 from vbert.config import ACTIVATIONS
 from vbert.kernels.rows import as_rows, use_threads
 
-__all__ = ["add_two_products"]
+__all__ = ["ACTIVATION_CODES", "add_two_products"]
 
 _DEPTH = 256  # inputs at a time: four ranks of them stay in the first-level cache
 _GELU, _TANH_GELU, _RELU, _SILU, _TANH, _IDENTITY = range(6)
-_CODES = {
+ACTIVATION_CODES = {
     "gelu": _GELU,
     "gelu_new": _TANH_GELU,
     "gelu_pytorch_tanh": _TANH_GELU,
@@ -29,7 +29,7 @@ _CODES = {
     "tanh": _TANH,
     "identity": _IDENTITY,
 }
-assert set(_CODES) == set(ACTIVATIONS)
+assert set(ACTIVATION_CODES) == set(ACTIVATIONS)
 
 
 def add_two_products(
@@ -51,7 +51,15 @@ def add_two_products(
     narrow_bias, wide_bias = (as_rows(b) for b in biases or (down[:, 0], up[:, 0]))  # not read where there are none
     matrices = as_rows(down.flatten(1)), narrow_bias, as_rows(up.flatten(1)), wide_bias
     shape = np.uint64(rank), np.uint64(width_in), np.uint64(width_out)
-    _cpu(as_rows(hidden), *matrices, segments.blocks, shape, biases is not None, _CODES[activation], as_rows(out))
+    _cpu(
+        as_rows(hidden),
+        *matrices,
+        segments.blocks,
+        shape,
+        biases is not None,
+        ACTIVATION_CODES[activation],
+        as_rows(out),
+    )
 
 
 @numba.njit(parallel=True, nogil=True, cache=True, fastmath={"contract", "reassoc"})

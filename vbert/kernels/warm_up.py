@@ -6,6 +6,8 @@ import numpy as np
 import torch
 
 from vbert.batch import Segments
+from vbert.kernels.gather_rows import gather_rows
+from vbert.kernels.merge_rows import merge_rows
 from vbert.kernels.segmented_affine import segmented_affine
 from vbert.kernels.segmented_bottleneck import segmented_bottleneck
 from vbert.kernels.segmented_layer_norm import segmented_layer_norm
@@ -15,17 +17,21 @@ from vbert.kernels.segmented_sparse import segmented_sparse
 __all__ = ["warm_up"]
 
 
-def warm_up(dtype: torch.dtype) -> None:
-    """Run each operator once: seconds where numba's cache is empty, in a new checkout, else a fraction of one."""
+def warm_up(dtype: torch.dtype, device: torch.device | None = None) -> None:
+    """Run each operator once: seconds where the cache of numba or cupy is empty, in a new checkout, else a fraction."""
+    device = torch.device("cpu") if device is None else device
     one = Segments(np.array([0]), np.array([0]), np.array([2]))
 
-    def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype)
+    def zeros(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
 
     x, wide, narrow, down, up = zeros(2, 8), zeros(1, 8), zeros(1, 4), zeros(1, 8, 4), zeros(1, 4, 8)
-    starts, columns = torch.zeros(1, 9, dtype=torch.int32), torch.zeros(1, 4, dtype=torch.int32)
-    segmented_low_rank(x, down, up, one, out=zeros(2, 8))
+    starts, columns = zeros(1, 9, dtype=torch.int32), zeros(1, 4, dtype=torch.int32)
+    segmented_low_rank(x, [(down, up, zeros(2, 8))], one)
+    segmented_low_rank(x, [(zeros(1, 8, 17), zeros(1, 17, 8), zeros(2, 8))], one)  # on a GPU another kernel
     segmented_bottleneck(x, down, narrow, up, wide, one, activation="relu", out=zeros(2, 8))
     segmented_affine(x, wide, wide, one, out=zeros(2, 8))
     segmented_layer_norm(x, wide, wide, one, eps=1e-5, out=zeros(2, 8))
     segmented_sparse(x, starts, columns, narrow, one, out=zeros(2, 8))
+    gather_rows(zeros(1, 8), zeros(1, dtype=torch.int64), out=zeros(1, 8))
+    merge_rows(zeros(1, 3, 8, dtype=torch.float16), torch.tensor([0, 1], dtype=torch.int32, device=device), out=wide)
