@@ -93,7 +93,7 @@ def load_parts(config: EngineConfig, clock: Clock) -> Parts:
         tokenizer = Tokenizer.load(config.backbone, backbone.config)
         words = _mapped_words(backbone, config) if config.word_rows == "mapped" else None
         model = Model.load(backbone, config.dtype, config.device, words)
-        warm_up(model.dtype)  # else the first tenant of a kind would hold up everybody's batches
+        warm_up(model.dtype, model.device)  # else the first tenant of a kind would hold up everybody's batches
         device = open_device(model.device, clock)
         undo.callback(device.close)
         arena, host_arena = _arenas(config, model, device)

@@ -52,7 +52,8 @@ VBERT_RANKS = (
     {"arena", "attention", "heads", "tokenizer", "formats", "reference", "selftest"},
     {"peft"},
     {"deltas"},
-    {"encoder"},
+    {"encoder", "packing"},
+    {"graphs"},
     {"model"},
 )
 OUTSIDE_VBERT = {"asyncio", "threading", "multiprocessing", "concurrent", "socket", "http", "urllib", "time", "sqlite3"}

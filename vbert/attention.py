@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from vbert.batch import AttentionBucket, AttentionPlan
 
-__all__ = ["PackedAttention", "RelativeBias"]
+__all__ = ["Attention", "PackedAttention", "RelativeBias", "VarlenAttention"]
+
+Attention = Callable[[Tensor], Tensor]  # [T, 3 H], query, key and value of each row side by side, to context [T, H]
 
 
 class PackedAttention:
@@ -34,6 +39,20 @@ class PackedAttention:
         q, k, v = (split[:, :, part].transpose(1, 2) for part in range(3))  # [n, A, L, D]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return out.transpose(1, 2).reshape(n * length, -1)  # a view: the kernel writes rows in this order
+
+
+class VarlenAttention:
+    """The same without padding, by FlashAttention on a GPU in 16 bits. Source: Dao 2023, arXiv:2307.08691."""
+
+    def __init__(self, cu_seqlens: Tensor, longest: int, num_heads: int) -> None:
+        """cu_seqlens: [B + 1] int32 on the GPU.  longest: at least the length of each sequence."""
+        self._cu_seqlens, self._longest, self._num_heads = cu_seqlens, longest, num_heads
+
+    def __call__(self, qkv: Tensor) -> Tensor:
+        q, k, v = qkv.view(len(qkv), 3, self._num_heads, -1).unbind(1)  # [T, A, D]
+        out = varlen_attn(q, k, v, self._cu_seqlens, self._cu_seqlens, self._longest, self._longest)
+        assert isinstance(out, Tensor)
+        return out.flatten(1)
 
 
 class RelativeBias:

@@ -7,9 +7,10 @@ lengths; it does not know what a tenant computes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,15 @@ from torch import Tensor
 
 from vbert.config import EncoderConfig
 
-__all__ = ["BLOCK_ROWS", "AttentionBucket", "AttentionPlan", "PackedRows", "Segments", "plan_attention"]
+__all__ = [
+    "BLOCK_ROWS",
+    "AttentionBucket",
+    "AttentionPlan",
+    "PackedRows",
+    "Segments",
+    "copy_integers",
+    "plan_attention",
+]
 
 Ints = NDArray[np.int64]
 BLOCK_ROWS = 32  # rows that share one walk over a slot, one unit of work of a kernel
@@ -68,8 +77,12 @@ class Segments:
     def device_blocks(self, device: torch.device) -> Tensor:
         """[n, 3] int32 `blocks` on a device, for CUDA kernels: there already where the batch was moved."""
         if self._device_blocks is None:
-            self._device_blocks = torch.from_numpy(self.blocks.astype(np.int32)).to(device)
+            (self._device_blocks,) = copy_integers([self.blocks], device)
         return self._device_blocks
+
+    def use_device_blocks(self, blocks: Tensor) -> None:
+        """Give the blocks that `device_blocks` returns: [n, 3] int32, those of no rows belonging to nobody."""
+        self._device_blocks = blocks
 
     @cached_property
     def _chunk_rows(self) -> int:
@@ -129,6 +142,15 @@ class Segments:
             out.index_add_(0, self.rows, flat)
 
 
+def copy_integers(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
+    """Arrays of integers below 2^31 to a device, int32, in one copy from pinned memory that nobody waits for."""
+    flat = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays]).astype(np.int32))
+    if device.type == "cuda":
+        flat = flat.pin_memory()  # kept by torch until the copy is done
+    pieces = torch.split(flat.to(device, non_blocking=True), [array.size for array in arrays])
+    return [piece.view(array.shape) for piece, array in zip(pieces, arrays, strict=True)]
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionBucket:
     """Sequences of nearly the same length, padded to the longest for the attention scores only.
@@ -155,23 +177,55 @@ class AttentionPlan:
     gather: Tensor | None
     scatter: Tensor | None
 
+    def tensors(self) -> list[Tensor]:
+        """What `moved` takes, in its order."""
+        given = [self.gather, self.scatter, *(bucket.mask for bucket in self.buckets)]
+        return [tensor for tensor in given if tensor is not None]
+
+    def moved(self, there: Iterator[Tensor]) -> AttentionPlan:
+        """The same plan with its tensors on another device, where they came as integers."""
+        gather, scatter = (None if t is None else next(there) for t in (self.gather, self.scatter))
+        buckets = (b if b.mask is None else replace(b, mask=next(there).bool()) for b in self.buckets)
+        return AttentionPlan(tuple(buckets), gather, scatter)
+
 
 @dataclass(frozen=True, slots=True)
 class PackedRows:
     """Token rows of a batch.
 
-    token_ids, type_ids, position_ids: [T] int64.  cu_seqlens: [B + 1] int64, first 0, last T.
+    token_ids, type_ids, position_ids: [T] int64.  cu_seqlens: [B + 1] int64, first 0, last T.  longest: tokens of the
+    longest sequence.  On a GPU the tensors are int32, and cu_seqlens_dev is cu_seqlens there.
     """
 
     token_ids: Tensor
     type_ids: Tensor
     position_ids: Tensor
     cu_seqlens: Ints
+    longest: int
     attention: AttentionPlan
+    cu_seqlens_dev: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
         return int(self.cu_seqlens[-1])
+
+    def arrays(self, *, buckets: bool) -> list[NDArray[Any]]:
+        """What a GPU needs of the batch, in the order `moved` takes it; the attention's plan where asked for."""
+        plan = self.attention.tensors() if buckets else []
+        ids = [tensor.numpy() for tensor in (self.token_ids, self.type_ids, self.position_ids)]
+        return [*ids, self.cu_seqlens, *(tensor.numpy() for tensor in plan)]
+
+    def moved(self, there: Iterator[Tensor], *, buckets: bool) -> PackedRows:
+        token_ids, type_ids, position_ids, cu_seqlens = (next(there) for _ in range(4))
+        return PackedRows(
+            token_ids=token_ids,
+            type_ids=type_ids,
+            position_ids=position_ids,
+            cu_seqlens=self.cu_seqlens,
+            longest=self.longest,
+            attention=self.attention.moved(there) if buckets else AttentionPlan((), None, None),
+            cu_seqlens_dev=cu_seqlens,
+        )
 
     @classmethod
     def build(
@@ -188,6 +242,7 @@ class PackedRows:
             type_ids=torch.from_numpy(types),
             position_ids=torch.from_numpy(positions),
             cu_seqlens=cu_seqlens,
+            longest=int(lengths.max()),
             attention=plan_attention(lengths),
         )
 

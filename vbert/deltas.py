@@ -39,6 +39,18 @@ class BatchDeltas:
             if len(segments):
                 self._uses[arena_class.kind].append(ClassUse(arena_class, segments))
 
+    @property
+    def uses(self) -> list[ClassUse]:
+        """Every arena class of the batch with its rows, in the order of packing."""
+        return [use for uses in self._uses.values() for use in uses]
+
+    def with_segments(self, segments: Sequence[Segments]) -> BatchDeltas:
+        """The same classes, each with other rows."""
+        other = BatchDeltas((), (0,))
+        for use, rows in zip(self.uses, segments, strict=True):
+            other._uses[use.arena_class.kind].append(ClassUse(use.arena_class, rows))
+        return other
+
     def before_linear(self, layer: int, site: str, x: Tensor, *, in_place: bool = False) -> Tensor:
         """x [T, H_in] with the input scales of a site; a copy where one applies, unless `in_place`."""
         return scale_input(self._uses["affine"], layer, site, x, in_place=in_place)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vbert.activations import activate_
-from vbert.attention import PackedAttention, RelativeBias
+from vbert.attention import Attention, PackedAttention, RelativeBias, VarlenAttention
 from vbert.batch import PackedRows
 from vbert.config import EMBEDDING_LAYER, EncoderConfig
 from vbert.deltas import BatchDeltas
@@ -95,29 +95,41 @@ class Encoder:
         )
         self._relative = RelativeBias(get("relative_attention_bias")) if config.relative_buckets else None
 
+    @property
+    def takes_varlen(self) -> bool:
+        """Whether attention is FlashAttention over packed rows; else it is done in padded buckets."""
+        fits = self._relative is None and self.dtype != torch.float32 and self.config.head_size % 8 == 0
+        return self._device.type == "cuda" and fits and self.config.head_size <= 256
+
+    def mapped_words(self, rows: PackedRows) -> Tensor | None:
+        """[T, H] word rows from the source this encoder was given, on its device. rows: in host memory."""
+        if self._words is None:
+            return None
+        pinned = self._device.type == "cuda"
+        gathered = torch.empty(len(rows.token_ids), self._words.width, dtype=self.dtype, pin_memory=pinned)
+        self._words.gather(rows, gathered)
+        return gathered.to(self._device, non_blocking=pinned)
+
     def embed(self, rows: PackedRows, deltas: BatchDeltas, word_rows: Tensor | None = None) -> Tensor:
         """Token rows to the hidden states that enter layer 0, [T, H]. word_rows: [T, H], read in place of a look-up."""
-        hidden = self._word_rows(rows) if word_rows is None else word_rows.clone()
+        if word_rows is None:
+            assert self._word is not None  # else the caller asked `mapped_words`
+            hidden = F.embedding(rows.token_ids, self._word)
+        else:
+            hidden = word_rows.clone()
         if self._type is not None:
             hidden = hidden.add_(F.embedding(rows.type_ids, self._type))
         hidden = hidden.add_(F.embedding(rows.position_ids, self._position))
         return self._normed(hidden, self._emb_norm, EMBEDDING_LAYER, "emb_norm", deltas)
 
-    def _word_rows(self, rows: PackedRows) -> Tensor:
-        if self._words is None:
-            assert self._word is not None
-            return F.embedding(rows.token_ids, self._word)
-        gathered = torch.empty(len(rows.token_ids), self._words.width, dtype=self.dtype)
-        self._words.gather(rows, gathered)
-        return gathered.to(self._device)
-
-    def attention(self, rows: PackedRows) -> PackedAttention:
+    def attention(self, rows: PackedRows) -> Attention:
         """The attention of this batch, for every `layer` call."""
+        if self.takes_varlen:
+            assert rows.cu_seqlens_dev is not None  # the batch was moved
+            return VarlenAttention(rows.cu_seqlens_dev, rows.longest, self.config.num_heads)
         return PackedAttention(rows.attention, self.config.num_heads, self._relative)
 
-    def layer(
-        self, i: int, hidden: Tensor, attention: PackedAttention, deltas: BatchDeltas, space: Workspace
-    ) -> Tensor:
+    def layer(self, i: int, hidden: Tensor, attention: Attention, deltas: BatchDeltas, space: Workspace) -> Tensor:
         """One transformer layer with every tenant's deltas, [T, H] -> [T, H]. What it returns is not in `space`."""
         layer = self._layers[i]
         qkv = layer.qkv(hidden, "qkv", space)

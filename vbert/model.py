@@ -2,76 +2,44 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from vbert.arena import ResidentTenant
-from vbert.batch import PackedRows
-from vbert.config import EMBEDDING_LAYER, EncoderConfig
-from vbert.deltas import BatchDeltas
+from vbert.config import EMBEDDING_LAYER
 from vbert.encoder import Encoder
 from vbert.errors import KernelUnavailable, ShapeError
 from vbert.feed import Feed
 from vbert.formats.transformers_folder import Backbone
+from vbert.graphs import HiddenGraphs, capture_on_cuda
 from vbert.heads import run_heads
+from vbert.kernels.cuda import check_available, cupy_is_installed
+from vbert.packing import PackedBatch, SequenceInput
 from vbert.rows import RowSource
-from vbert.tenant import Dense, Head
+from vbert.tenant import Dense
 from vbert.workspace import Workspace
 
 __all__ = ["Model", "PackedBatch", "SequenceInput", "resolve_device", "resolve_dtype"]
 
-
-@dataclass(frozen=True, slots=True)
-class SequenceInput:
-    """One tokenised sequence and who it is for; tenant None: the bare backbone with its own embedding head."""
-
-    token_ids: Sequence[int]
-    type_ids: Sequence[int]
-    tenant: ResidentTenant | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class PackedBatch:
-    """Sequences packed so that the rows of one tenant, and of one arena class where possible, are contiguous.
-
-    order[j]: which of the given sequences lies at packed position j. heads: [B], in packed order.
-    """
-
-    rows: PackedRows
-    deltas: BatchDeltas
-    heads: tuple[Head, ...]
-    order: tuple[int, ...]
-    tenants: tuple[ResidentTenant, ...]  # distinct
-
-    @classmethod
-    def build(cls, sequences: Sequence[SequenceInput], config: EncoderConfig, embed_head: Head) -> PackedBatch:
-        """Pack at least one sequence; each has between 1 and config.max_length tokens."""
-        order = sorted(range(len(sequences)), key=lambda i: _packing_key(sequences[i].tenant))
-        packed = [sequences[i] for i in order]
-        rows = PackedRows.build([s.token_ids for s in packed], [s.type_ids for s in packed], config)
-        firsts = [j for j, s in enumerate(packed) if j == 0 or s.tenant is not packed[j - 1].tenant]
-        tenants = [packed[j].tenant for j in firsts]
-        starts = [int(rows.cu_seqlens[j]) for j in (*firsts, len(packed))]
-        return cls(
-            rows=rows,
-            deltas=BatchDeltas(tenants, starts),
-            heads=tuple(s.tenant.head if s.tenant else embed_head for s in packed),
-            order=tuple(order),
-            tenants=tuple(t for t in tenants if t is not None),
-        )
+_log = logging.getLogger(__name__)
 
 
 class Model:
     """A frozen backbone ready to compute. Holds no tenants: a batch brings its own."""
 
     def __init__(
-        self, backbone: Backbone, dtype: torch.dtype, device: torch.device, words: RowSource | None = None
+        self,
+        backbone: Backbone,
+        dtype: torch.dtype,
+        device: torch.device,
+        words: RowSource | None = None,
+        *,
+        graphs: bool = False,
     ) -> None:
-        """words: the word embeddings where they are not to be kept in memory. Raises ShapeError if they do not fit."""
+        """words: the word embeddings where they are not to be kept in memory. graphs: on a GPU, replay CUDA graphs of
+        batches that come often. Raises ShapeError if the words do not fit."""
         if words is not None and (words.dtype, words.width) != (dtype, backbone.config.hidden_size):
             raise ShapeError(
                 f"the word rows are {words.width} numbers of {words.dtype}, the model's are "
@@ -81,20 +49,28 @@ class Model:
         self.fingerprint, self.dtype, self.device = backbone.fingerprint, dtype, device
         self.encoder = Encoder(backbone.config, backbone.weights, dtype, device, words)
         self._spaces: list[Workspace] = []  # those no forward uses now
+        fits = graphs and words is None and self.encoder.takes_varlen
+        self._graphs = HiddenGraphs(self._layers, self._new_space, capture_on_cuda) if fits else None
         weights = backbone.weights
         self._pooler = (
-            Dense(weight=weights["pooler.weight"], bias=weights["pooler.bias"], activation="tanh")
+            Dense(weight=weights["pooler.weight"].to(device), bias=weights["pooler.bias"].to(device), activation="tanh")
             if backbone.config.has_pooler
             else None
         )
 
     @classmethod
     def load(
-        cls, backbone: Backbone, dtype: str = "auto", device: str = "auto", words: RowSource | None = None
+        cls,
+        backbone: Backbone,
+        dtype: str = "auto",
+        device: str = "auto",
+        words: RowSource | None = None,
+        *,
+        graphs: bool = False,
     ) -> Model:
         """dtype, device: as in EngineConfig. Raises KernelUnavailable for a device that has no operators."""
         resolved = resolve_device(device)
-        return cls(backbone, resolve_dtype(dtype), resolved, words)
+        return cls(backbone, resolve_dtype(dtype, resolved), resolved, words, graphs=graphs)
 
     def free_memory(self) -> None:
         """Let go of what is kept for the next forward, after one that found no room."""
@@ -107,18 +83,22 @@ class Model:
 
     @torch.inference_mode()
     def hidden(self, batch: PackedBatch, feed: Feed | None = None) -> Tensor:
-        """Last hidden states in packed order, [T, H]. Any number of threads may call it."""
+        """Last hidden states in packed order, [T, H]. Any number of threads may call it; on a GPU, of one stream."""
         feed = feed or _Nothing()
+        word_rows = feed.word_rows()
+        if self._graphs is not None and word_rows is None and (graph := self._graphs.find(batch)):
+            for i in range(EMBEDDING_LAYER, self.config.num_layers):
+                feed.before_layer(i)  # a graph cannot wait inside
+            return graph.run(batch)
+        if word_rows is None:
+            word_rows = self.encoder.mapped_words(batch.rows)
+        elif word_rows.is_cuda:
+            word_rows.record_stream(torch.cuda.current_stream(self.device))  # made on another
         try:
             space = self._spaces.pop()
         except IndexError:
-            space = Workspace(self.dtype, self.device)
-        attention = self.encoder.attention(batch.rows)
-        feed.before_layer(EMBEDDING_LAYER)
-        hidden = self.encoder.embed(batch.rows, batch.deltas, feed.word_rows())
-        for i in range(self.config.num_layers):
-            feed.before_layer(i)
-            hidden = self.encoder.layer(i, hidden, attention, batch.deltas, space)
+            space = self._new_space()
+        hidden = self._layers(self._moved(batch), space, feed, word_rows)
         self._spaces.append(space)
         return hidden
 
@@ -133,7 +113,29 @@ class Model:
         hidden = self.hidden(batch, feed)
         feed.before_layer(self.config.num_layers)
         packed = run_heads(hidden, batch.rows.cu_seqlens, batch.heads, self._pooler)
-        return partial(_in_order_given, packed, batch.order)
+        given = [packed[0]] * len(packed)
+        for j, i in enumerate(batch.order):
+            given[i] = packed[j]
+        return _to_host(given)
+
+    def _new_space(self) -> Workspace:
+        return Workspace(self.dtype, self.device)
+
+    def _moved(self, batch: PackedBatch) -> PackedBatch:
+        return batch.on(self.device, buckets=not self.encoder.takes_varlen)
+
+    def _layers(
+        self, batch: PackedBatch, space: Workspace, feed: Feed | None = None, word_rows: Tensor | None = None
+    ) -> Tensor:
+        """All layers of a batch whose tensors are on the model's device."""
+        feed = feed or _Nothing()
+        attention = self.encoder.attention(batch.rows)
+        feed.before_layer(EMBEDDING_LAYER)
+        hidden = self.encoder.embed(batch.rows, batch.deltas, word_rows)
+        for i in range(self.config.num_layers):
+            feed.before_layer(i)
+            hidden = self.encoder.layer(i, hidden, attention, batch.deltas, space)
+        return hidden
 
 
 class _Nothing:
@@ -146,30 +148,46 @@ class _Nothing:
         pass
 
 
-def _in_order_given(packed: Sequence[Tensor], order: Sequence[int]) -> list[Tensor]:
-    answers: list[Tensor] = [packed[0]] * len(packed)
-    for j, i in enumerate(order):
-        answers[i] = packed[j]
-    return answers
+def _to_host(answers: list[Tensor]) -> Callable[[], list[Tensor]]:
+    """Begin to copy answers to host memory, all in one; what it returns waits for them."""
+    if not answers[0].is_cuda:
+        return lambda: answers
+    flat = torch.cat([answer.reshape(-1) for answer in answers])
+    host = torch.empty(len(flat), dtype=flat.dtype, pin_memory=True)
+    host.copy_(flat, non_blocking=True)
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived.record()
+
+    def wait() -> list[Tensor]:
+        arrived.synchronize()
+        pieces = torch.split(host.clone(), [answer.numel() for answer in answers])  # pinned is not for keeping
+        return [piece.view(answer.shape) for piece, answer in zip(pieces, answers, strict=True)]
+
+    return wait
 
 
 def resolve_device(device: str) -> torch.device:
-    """auto is cpu: the GPU lanes do not exist yet, and saying so beats a slow path that looks like one."""
-    if device == "cuda":
-        raise KernelUnavailable("device 'cuda' has no operators in this version; use device='cpu' or 'auto'")
-    return torch.device("cpu")
+    """auto: cuda where torch sees a GPU and cupy is installed, else cpu. Raises KernelUnavailable for cuda else."""
+    if device == "auto" and torch.cuda.is_available():
+        if cupy_is_installed():
+            device = "cuda"
+        else:
+            _log.warning("device auto is cpu although there is a GPU: cupy is missing; install vbert[cuda13]")
+    if device != "cuda":
+        return torch.device("cpu")
+    check_available()
+    return torch.device("cuda", torch.cuda.current_device())
 
 
-def resolve_dtype(dtype: str) -> torch.dtype:
-    """auto: bfloat16 where the CPU multiplies it natively (AMX or AVX512-BF16), else float32."""
+def resolve_dtype(dtype: str, device: torch.device | None = None) -> torch.dtype:
+    """auto: bfloat16 on a GPU, and where the CPU multiplies it natively (AMX or AVX512-BF16), else float32.
+
+    Raises KernelUnavailable for float16 on a CPU.
+    """
+    on_gpu = device is not None and device.type == "cuda"
     if dtype == "auto":
-        native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        native = on_gpu or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if native else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-
-
-def _packing_key(tenant: ResidentTenant | None) -> tuple[str, str]:
-    """Tenants of the same classes lie side by side, so that their operators read one contiguous range of rows."""
-    if tenant is None:
-        return "", ""
-    return " ".join(sorted(c.layout.key for c, _ in tenant.slots)), tenant.digest
+    if dtype == "float16" and not on_gpu:
+        raise KernelUnavailable("dtype 'float16' is computed on a GPU only; use float32 or bfloat16, or device='cuda'")
+    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[dtype]

@@ -16,7 +16,7 @@ class Workspace:
     """Named buffers that grow to the largest batch seen."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._dtype, self._device = dtype, device
+        self._dtype, self.device = dtype, device
         self._buffers: dict[str, Tensor] = {}
 
     @property
@@ -27,6 +27,6 @@ class Workspace:
         """[rows, width] with anything in it, valid until the same name is asked for again."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < rows * width:
-            buffer = torch.empty(rows * width, dtype=self._dtype, device=self._device)
+            buffer = torch.empty(rows * width, dtype=self._dtype, device=self.device)
             self._buffers[name] = buffer
         return buffer[: rows * width].view(rows, width)

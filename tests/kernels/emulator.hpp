@@ -31,7 +31,7 @@ struct uint3 {
 static uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
-constexpr int LANES = 32, STACK = 128 << 10, GUARD = 4096;
+constexpr int LANES = 32, STACK = 64 << 10, GUARD = 4096;
 enum State { RUNS, AT_WARP, AT_BLOCK, DONE };
 struct Copy {
     void* to;
@@ -129,7 +129,7 @@ int run(void (*kernel)(Arguments), const void* arguments, size_t bytes, int grid
     body = [&] { kernel(copy); };
     blockDim = {(unsigned)threads, 1, 1};
     gridDim = {(unsigned)grid_x, (unsigned)grid_y, 1};
-    fibers = std::vector<Fiber>(threads);
+    if ((int)fibers.size() != threads) fibers = std::vector<Fiber>(threads);
     unsigned char* memory = (unsigned char*)std::aligned_alloc(16, (shared_bytes + 2 * GUARD) / 16 * 16);
     shared = memory;
     for (int y = 0; y < grid_y; y++)
@@ -141,7 +141,6 @@ int run(void (*kernel)(Arguments), const void* arguments, size_t bytes, int grid
                 if (memory[shared_bytes + i] != 0xff) fail("a write behind the shared memory");
         }
     std::free(memory);
-    fibers.clear();
     return 0;
 }
 }  // namespace emulator

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vbert.errors import KernelUnavailable
 
-__all__ = ["Backend", "pick"]
+__all__ = ["OF_DEVICE", "Backend", "pick"]
 
 
 class Backend(Enum):
@@ -17,10 +17,13 @@ class Backend(Enum):
     CUDA = "cuda"
 
 
+OF_DEVICE = {"cpu": Backend.CPU, "cuda": Backend.CUDA}
+
+
 def pick(backend: Backend | None, tensor: Tensor) -> Backend:
     """The backend to use for a tensor: the one asked for, or the one of its device."""
     if backend is not None:
         return backend
-    if tensor.device.type not in ("cpu", "cuda"):
+    if tensor.device.type not in OF_DEVICE:
         raise KernelUnavailable(f"no operator runs on {tensor.device.type!r}; use device='cpu' or 'cuda'")
-    return Backend(tensor.device.type)
+    return OF_DEVICE[tensor.device.type]

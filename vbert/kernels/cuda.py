@@ -7,7 +7,9 @@ launched on torch's current stream and nothing waits for them. cupy is imported 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -19,12 +21,35 @@ from torch import Tensor
 
 from vbert.errors import KernelUnavailable, ShapeError
 
-__all__ = ["CODES", "THREADS", "Launcher", "address", "describe", "launch", "launcher", "source"]
+__all__ = [
+    "CODES",
+    "THREADS",
+    "Launcher",
+    "address",
+    "check_available",
+    "cupy_is_installed",
+    "describe",
+    "launch",
+    "launcher",
+    "source",
+]
 
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # SCALAR of csrc/device.cuh
 THREADS = 256  # of a thread block, for every kernel
 _FOLDER = Path(__file__).parent / "csrc"
 _PLAIN_SHARED_BYTES = 48 << 10  # more must be asked for
+
+
+def check_available() -> None:
+    """Raises KernelUnavailable where no GPU can be used, with what is missing."""
+    if not torch.cuda.is_available():
+        raise KernelUnavailable("torch sees no CUDA device; install a CUDA build of torch, or use device='cpu'")
+    _cupy()
+
+
+def cupy_is_installed() -> bool:
+    """Without importing it, which takes a second."""
+    return bool(sys.modules["cupy"] if "cupy" in sys.modules else importlib.util.find_spec("cupy"))
 
 
 def source(file: str) -> str:
