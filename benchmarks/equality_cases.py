@@ -25,7 +25,7 @@ from vbert.formats.transformers_folder import Backbone
 from vbert.tenant import Delta, Dense, Norm, TenantModule
 from vbert.tokenizer import Encoded
 
-__all__ = ["Case", "make_cases"]
+__all__ = ["Case", "make_cases", "peft_makers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Case:
 
 def make_cases(backbone: Backbone, inputs: Sequence[Encoded], folder: Path) -> Iterator[Case]:
     """Make, save, read and run every case. Needs peft and adapters."""
-    makers = _peft_makers(backbone) | _adapter_makers(backbone) | _native_makers(backbone)
+    makers = peft_makers(backbone) | _adapter_makers(backbone) | _native_makers(backbone)
     for (reader, name), make in makers.items():
         torch.manual_seed(len(name))
         with warnings.catch_warnings():
@@ -58,7 +58,7 @@ def make_cases(backbone: Backbone, inputs: Sequence[Encoded], folder: Path) -> I
 _Maker = Callable[[Path], Any]
 
 
-def _peft_makers(backbone: Backbone) -> dict[tuple[str, str], _Maker]:
+def peft_makers(backbone: Backbone) -> dict[tuple[str, str], _Maker]:
     import peft
     import transformers
 

@@ -26,7 +26,9 @@ class EngineConfig:
     store: str = option("", "folder of the tenant store; created if absent")
     name: str | None = option(None, "name the backbone is served under; default: from its config")
     device: str = option("auto", "auto, cpu or cuda")
-    dtype: str = option("auto", "auto, float32 or bfloat16; auto is bfloat16 where the CPU has AMX or AVX512-BF16")
+    dtype: str = option(
+        "auto", "auto, float32, bfloat16, on a GPU float16; auto is bfloat16 on a GPU and with AMX or AVX512-BF16"
+    )
     compute_threads: int = option(0, "threads of the compute lane; 0: as many of the cores as prove fastest")
     store_dtype: str = option(
         "float32", "float32 or bfloat16: of modules converted from checkpoints; bfloat16 halves files and load times"
@@ -60,8 +62,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"device is {self.device!r}; use auto, cpu or cuda")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise ConfigError(f"dtype is {self.dtype!r}; use auto, float32 or bfloat16")
+        if self.dtype not in ("auto", "float32", "float16", "bfloat16"):
+            raise ConfigError(f"dtype is {self.dtype!r}; use auto, float32, float16 or bfloat16")
         if self.store_dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"store_dtype is {self.store_dtype!r}; use float32 or bfloat16")
         residency_policy(self.residency)

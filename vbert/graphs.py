@@ -80,14 +80,14 @@ class Signature:
 
 
 class Graph:
-    """One captured forward. `run` on the stream that all forwards use."""
+    """One captured forward. `run` on the stream that all forwards use; `replay` computes the last batch again."""
 
     def __init__(self, forward: Forward, space: Workspace, batch: PackedBatch, capture: Capture) -> None:
         """batch: one of the signature, in host memory.  space: for this graph alone, which keeps its addresses."""
         self._signature = Signature.of(batch)
         self._buffer = torch.from_numpy(self._signature.integers(batch)).to(space.device)
         static = _static(batch, self._signature, self._buffer)
-        self._replay, self._hidden = capture(lambda: forward(static, space))
+        self.replay, self._hidden = capture(lambda: forward(static, space))
 
     def run(self, batch: PackedBatch) -> Tensor:
         """Last hidden states [T, H] of a batch of this signature."""
@@ -95,7 +95,7 @@ class Graph:
         if self._buffer.is_cuda:
             host = host.pin_memory()
         self._buffer.copy_(host, non_blocking=True)
-        self._replay()
+        self.replay()
         return self._hidden[: batch.rows.num_tokens].clone()  # the next replay writes there
 
 
