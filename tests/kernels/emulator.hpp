@@ -1,8 +1,8 @@
 // A GPU for the kernels of vbert/kernels/csrc, compiled by a host compiler: the threads of a block are fibers.
 //
 // Fibers run one after the other until each waits at a barrier, so a missing barrier shows: a warp may run through the
-// whole kernel before the next begins (odd phases run the warps backwards). Asynchronous copies happen at the wait and
-// not before; shared memory holds NaN patterns when a block begins and has a guard behind it; a warp whose lanes wait
+// whole kernel before the next begins (odd phases run the warps backwards). Asynchronous copies happen as late as they
+// may, at the wait, and in odd blocks as early as they may; shared memory holds NaN patterns when a block begins and has a guard behind it; a warp whose lanes wait
 // at different barriers is an error.
 #pragma once
 #include <csetjmp>
@@ -38,6 +38,12 @@ struct Copy {
     const void* from;
     bool valid;
 };
+static void perform(const Copy& copy) {
+    if (copy.valid)
+        std::memcpy(copy.to, copy.from, 16);
+    else
+        std::memset(copy.to, 0, 16);
+}
 struct Fiber {
     ucontext_t start;
     jmp_buf here;
@@ -51,14 +57,14 @@ struct Fiber {
 };
 static std::vector<Fiber> fibers;
 static Fiber* current;
-static jmp_buf scheduler;
+static jmp_buf scheduler, failed;
 static ucontext_t scheduler_context;
 static std::function<void()> body;
 static unsigned char* shared;
 
 [[noreturn]] static void fail(const char* what) {
     std::fprintf(stderr, "emulator: %s (block %u %u, thread %u)\n", what, blockIdx.x, blockIdx.y, threadIdx.x);
-    std::abort();
+    _longjmp(failed, 1);  // out of the fiber, back into `run`
 }
 static void wait(State state) {
     current->state = state;
@@ -102,6 +108,8 @@ static void run_block() {
         makecontext(&fiber.start, entry, 0);
         fiber.state = RUNS;
         fiber.begun = false;
+        fiber.open.clear();
+        fiber.groups.clear();
         fiber.turn = 0;
     }
     for (int phase = 0;; phase++) {
@@ -124,6 +132,7 @@ template <typename Arguments>
 int run(void (*kernel)(Arguments), const void* arguments, size_t bytes, int grid_x, int grid_y, int threads,
         int shared_bytes) {
     if (bytes != sizeof(Arguments)) return (int)sizeof(Arguments);
+    if (_setjmp(failed) != 0) return -1;
     Arguments copy;
     std::memcpy(&copy, arguments, bytes);
     body = [&] { kernel(copy); };
@@ -156,6 +165,7 @@ static float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
 static void copy_async(void* to, const void* from, bool valid) {
     if ((size_t)to % 16 || (size_t)from % 16) emulator::fail("a copy of 16 bytes is not aligned");
+    if (blockIdx.x % 2) emulator::perform({to, from, valid});
     emulator::current->open.push_back({to, from, valid});
 }
 static void close_copies() {
@@ -167,10 +177,7 @@ static void wait_copies() {
     auto& groups = emulator::current->groups;
     for (; (int)groups.size() > newest; groups.erase(groups.begin()))
         for (auto& copy : groups.front())
-            if (copy.valid)
-                std::memcpy(copy.to, copy.from, 16);
-            else
-                std::memset(copy.to, 0, 16);
+            if (blockIdx.x % 2 == 0) emulator::perform(copy);
 }
 
 static float float_of_bfloat16(unsigned short bits) {

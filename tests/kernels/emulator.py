@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vbert.kernels import cuda
 
-__all__ = ["COMPILER", "FILES", "KERNELS", "launch"]
+__all__ = ["COMPILER", "FILES", "KERNELS", "build", "launch", "run"]
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 FILES = sorted(path.name for path in (Path(cuda.__file__).parent / "csrc").glob("*.cu"))
@@ -23,22 +23,31 @@ KERNELS = {file: [name for name, _ in _KERNEL.findall(cuda.source(file))] for fi
 def launch(file, kernel, scalar, arguments, grid, shared_bytes, device):
     """A `Launcher` for tensors in host memory."""
     assert device.type == "cpu"
-    library = _library(file, scalar)
+    run(_library(file, scalar), kernel, arguments, grid, shared_bytes)
+
+
+def run(library, kernel, arguments, grid, shared_bytes):
     size = getattr(library, f"run_{kernel}")(
         ctypes.c_void_p(arguments.ctypes.data), ctypes.c_size_t(arguments.nbytes), *grid, cuda.THREADS, shared_bytes
     )
+    assert size >= 0, f"{kernel} did what a GPU forbids; stderr says what"
     assert size == 0, f"{kernel} takes a struct of {size} bytes, got {arguments.nbytes}"
 
 
 @functools.cache
 def _library(file, scalar):
-    """Compiled once a process: about a second."""
-    text = '#include "emulator.hpp"\n' + cuda.source(file)
+    # Once a process: about a second.
+    return build(cuda.source(file), KERNELS[file], scalar)
+
+
+def build(text, kernels, scalar):
+    """A library with `run_KERNEL` for each kernel in `text`."""
+    text = '#include "emulator.hpp"\n' + text
     runner = 'extern "C" int run_{0}(const void* a, size_t n, int x, int y, int threads, int shared) {{\n'
     runner += "    return emulator::run({0}, a, n, x, y, threads, shared);\n}}\n"
     folder = Path(tempfile.mkdtemp(prefix="vbert-emulator-"))
     try:
-        (folder / "kernel.cpp").write_text(text + "".join(runner.format(name) for name in KERNELS[file]))
+        (folder / "kernel.cpp").write_text(text + "".join(runner.format(name) for name in kernels))
         command = [
             COMPILER,
             "-std=c++17",

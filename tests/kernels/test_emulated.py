@@ -1,5 +1,8 @@
 """The CUDA kernels and the code that launches them, without a GPU: their own text, compiled for the host."""
 
+import re
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -19,9 +22,10 @@ from tests.kernels.operators import (
 )
 from vbert.config import ACTIVATIONS
 from vbert.errors import ShapeError
-from vbert.kernels import cuda
+from vbert.kernels import backend, cuda
 from vbert.kernels.backend import Backend
 from vbert.kernels.segmented_bottleneck import segmented_bottleneck
+from vbert.kernels.warm_up import warm_up
 
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="no C++ compiler (g++ or clang++) on PATH")
 
@@ -113,3 +117,50 @@ def test_what_a_kernel_cannot_take_is_refused():
         check_low_rank(case)
     with pytest.raises(ShapeError, match="neighbouring"):
         cuda.address(torch.zeros(4, 4).t())
+
+
+def broken(file):
+    """The text of a kernel without one of its barriers or waits, for each of them."""
+    text = cuda.source(file)
+    for found in re.finditer(r"__syncthreads\(\);|wait_copies<\d>\(\);", text):
+        yield text[: found.start()] + ";" + text[found.end() :]
+
+
+def check_in_chunks(file, dtype):
+    """Several chunks of everything, in two blocks: copies that come late, and early ones."""
+    if file == "sparse.cu":
+        check_sparse(case_of([32, 32], dtype), 600, 70)
+    else:
+        check_low_rank(case_of([32, 32], dtype), 100, 1536, 400)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["two_products_16.cu", "two_products_32.cu", "sparse.cu"])
+def test_no_barrier_and_no_wait_can_be_left_out(file, monkeypatch):
+    """The emulator sees what it is there for, and no kernel waits in vain."""
+    dtype = torch.float32 if file == "two_products_32.cu" else torch.bfloat16
+    check_in_chunks(file, dtype)
+    for text in broken(file):
+        library = emulator.build(text, emulator.KERNELS[file], cuda.CODES[dtype])
+        monkeypatch.setattr(cuda, "launcher", partial(run_in, library))
+        with pytest.raises(AssertionError):
+            check_in_chunks(file, dtype)
+
+
+def run_in(library, file, kernel, scalar, arguments, grid, shared_bytes, device):
+    emulator.run(library, kernel, arguments, grid, shared_bytes)
+
+
+def test_the_warm_up_launches_every_kernel(dtype, monkeypatch):
+    launched = set()
+
+    def launch(file, kernel, *how):
+        launched.add(kernel)
+        emulator.launch(file, kernel, *how)
+
+    monkeypatch.setattr(cuda, "launcher", launch)
+    monkeypatch.setitem(backend.OF_DEVICE, "cpu", Backend.CUDA)
+    warm_up(dtype)
+    two_products = {"two_products_32"} if dtype is torch.float32 else {"two_products_16", "two_products_64"}
+    rest = {name for names in emulator.KERNELS.values() for name in names if "two_products" not in name}
+    assert launched == two_products | rest

@@ -53,8 +53,7 @@ __device__ inline void multiply_down(const TwoProducts& args, const Site& site, 
         if (j >= rank) break;
         const float bias = site.narrow_bias ? site.narrow_bias[block.slot * site.narrow_bias_stride + rank0 + j] : 0.0f;
         narrow[lane * NARROW_WIDTH + j] = activate(sum[i] + bias, args.activation);
-    }
-    __syncthreads();
+    }  // others read it behind the barrier of their first columns
 }
 
 // out += narrow U + e: a thread does one of 128 columns in half of the rows.
