@@ -115,6 +115,8 @@ def test_what_a_kernel_cannot_take_is_refused():
     case = case_of([3], torch.float64)
     with pytest.raises(ShapeError, match="float64"):
         check_low_rank(case)
+    with pytest.raises(ShapeError, match="one dtype"):
+        cuda.addresses(torch.zeros(2), torch.zeros(2, dtype=torch.int32), None, torch.zeros(2, dtype=torch.float16))
     with pytest.raises(ShapeError, match="neighbouring"):
         cuda.address(torch.zeros(4, 4).t())
 

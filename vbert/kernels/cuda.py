@@ -26,6 +26,7 @@ __all__ = [
     "THREADS",
     "Launcher",
     "address",
+    "addresses",
     "check_available",
     "cupy_is_installed",
     "describe",
@@ -78,6 +79,16 @@ def address(tensor: Tensor | None) -> int:
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         raise ShapeError(f"a CUDA kernel takes rows of neighbouring numbers, got strides {tensor.stride()}")
     return tensor.data_ptr()
+
+
+def addresses(*tensors: Tensor | None) -> tuple[int, ...]:
+    """`address` of each. Raises ShapeError where the floats are not all of one dtype, or not all on one device."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    floats = {tensor.dtype for tensor in given if tensor.is_floating_point()}
+    devices = {tensor.device for tensor in given}
+    if len(floats) > 1 or len(devices) > 1:
+        raise ShapeError(f"a CUDA kernel takes one dtype on one device, got {[*floats]} on {[*map(str, devices)]}")
+    return tuple(map(address, tensors))
 
 
 class Launcher(Protocol):

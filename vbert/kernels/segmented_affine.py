@@ -9,7 +9,7 @@ from torch import Tensor
 from vbert.batch import Segments
 from vbert.errors import ShapeError
 from vbert.kernels.backend import Backend, pick
-from vbert.kernels.cuda import address, describe, launch
+from vbert.kernels.cuda import addresses, describe, launch
 from vbert.kernels.rows import as_rows, load, store, use_threads
 
 __all__ = ["segmented_affine"]
@@ -89,6 +89,6 @@ def _cuda(
     blocks = segments.device_blocks(rows.device)
     tensors = (rows, scale_slots, shift_slots, out)
     strides = (0 if tensor is None else tensor.stride(0) for tensor in tensors)
-    row = (address(blocks), *map(address, tensors), *strides, out.shape[1])
+    row = (*addresses(blocks, *tensors), *strides, out.shape[1])
     launch("affine", np.array([row], _ARGUMENTS), out, (len(blocks), 1))
     return out

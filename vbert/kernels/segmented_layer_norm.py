@@ -10,7 +10,7 @@ from torch import Tensor
 from vbert.batch import Segments
 from vbert.errors import ShapeError
 from vbert.kernels.backend import Backend, pick
-from vbert.kernels.cuda import address, describe, launch
+from vbert.kernels.cuda import addresses, describe, launch
 from vbert.kernels.rows import as_rows, load, store, use_threads
 
 __all__ = ["segmented_layer_norm"]
@@ -89,6 +89,6 @@ def _cuda(
 ) -> Tensor:
     blocks = segments.device_blocks(rows.device)
     tensors = (rows, weight_slots, bias_slots, out)
-    row = (address(blocks), *map(address, tensors), *(t.stride(0) for t in tensors), out.shape[1], eps)
+    row = (*addresses(blocks, *tensors), *(t.stride(0) for t in tensors), out.shape[1], eps)
     launch("layer_norm", np.array([row], _ARGUMENTS), out, (len(blocks), 1))
     return out

@@ -15,7 +15,7 @@ from torch import Tensor
 from vbert.batch import BLOCK_ROWS, Segments
 from vbert.errors import ShapeError
 from vbert.kernels.backend import Backend, pick
-from vbert.kernels.cuda import address, describe, launch
+from vbert.kernels.cuda import addresses, describe, launch
 from vbert.kernels.rows import as_rows, load, store, use_threads
 
 __all__ = ["segmented_sparse"]
@@ -159,6 +159,6 @@ def _cuda(
 ) -> Tensor:
     blocks = segments.device_blocks(hidden.device)
     tensors = (row_starts, columns, hidden, values, out)
-    row = (address(blocks), *map(address, tensors), *(t.stride(0) for t in tensors), hidden.shape[1], out.shape[1])
+    row = (*addresses(blocks, *tensors), *(t.stride(0) for t in tensors), hidden.shape[1], out.shape[1])
     launch("sparse", np.array([row], _ARGUMENTS), out, (len(blocks), -(-out.shape[1] // _CUDA_OUTPUTS)))
     return out

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vbert.batch import Segments
-from vbert.kernels.cuda import address, describe, launch
+from vbert.kernels.cuda import address, addresses, describe, launch
 from vbert.kernels.two_products import ACTIVATION_CODES
 
 __all__ = ["SiteProducts", "launch_two_products"]
@@ -39,11 +39,11 @@ class SiteProducts:
     narrow_bias: Tensor | None = None
     wide_bias: Tensor | None = None
 
-    def row(self) -> tuple[int, ...]:
-        """The fields of a `Site` in csrc/two_products.cuh."""
+    def row(self, hidden: Tensor) -> tuple[int, ...]:
+        """The fields of a `Site` in csrc/two_products.cuh, all in the dtype of `hidden`."""
         parts = (self.down, self.up, self.narrow_bias, self.wide_bias, self.out)
         strides = (0 if part is None else part.stride(0) for part in parts)
-        return (*map(address, parts), *strides, self.down.shape[2], self.out.shape[1])
+        return (*addresses(*parts, hidden)[:-1], *strides, self.down.shape[2], self.out.shape[1])
 
 
 def launch_two_products(
@@ -70,7 +70,7 @@ def launch_two_products(
         arguments["blocks"], arguments["x"], arguments["x_stride"] = address(blocks), address(hidden), hidden.stride(0)
         arguments["width_in"], arguments["activation"], arguments["shared_bytes"] = width_in, code, shared_bytes
         for i, site in enumerate(group):
-            arguments["sites"][0, i] = site.row()
+            arguments["sites"][0, i] = site.row(hidden)
         grid = len(blocks), len(group)
         launch(kernel, arguments, group[0].out, grid, file=file, shared_bytes=shared_bytes)
 
