@@ -1,4 +1,5 @@
-"""The `vbert` command: serve, tenants, train, bench, keys. Each is a module of commands/, imported when it is run.
+"""The `vbert` command: serve, tenants, train, profile, bench, keys. Each is a module of commands/,
+imported when it is run.
 
 Results go to stdout, as a table or with --json as one JSON value; progress and errors go to stderr. An error is one
 line and exit code 2, also where a part of a bulk import was refused.
@@ -21,6 +22,7 @@ _COMMANDS = {
     "serve": "serve the tenants of a store over HTTP",
     "tenants": "add, list, switch and remove tenants",
     "train": "train a tenant on a frozen backbone from jsonl",
+    "profile": "measure what this machine takes for what a server does",
     "bench": "run a benchmark by name; its own flags follow",
     "keys": "make an API key for `vbert serve --keys FILE`",
 }
@@ -30,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 refused or failed with one line on stderr, 130 interrupted, 141 nobody reads the output."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        if argv is None and arguments[:1] in (["serve"], ["profile"]):  # the process is ours, not a caller's
+            from runtime.wait_policy import suit_machine
+
+            suit_machine(arguments[1:])
         args = _parser(arguments).parse_args(arguments)
         code: int | None = args.run(args)
         sys.stdout.flush()

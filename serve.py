@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
@@ -28,9 +29,12 @@ from runtime.http.metrics import HttpMetrics
 from runtime.http.openapi import openapi_document
 from runtime.http.protocol import json_protocol, make_runner
 from runtime.lanes import use_one_heap
+from runtime.logs import log_to_stderr
+from runtime.profile_file import cache_folder
+from runtime.wait_policy import suit_machine
 from vbert.errors import ConfigError, VbertError
 
-__all__ = ["HttpConfig", "accepting", "bind", "create_app", "main", "make_key", "run", "serve"]
+__all__ = ["HttpConfig", "accepting", "bind", "configs", "create_app", "main", "make_key", "run", "serve"]
 
 _BACKLOG = 1024  # connections that wait to be accepted
 _log = logging.getLogger("vbert.http")
@@ -132,6 +136,12 @@ def _version() -> str:
         return "0"  # a bare checkout
 
 
+def configs(args: argparse.Namespace) -> tuple[EngineConfig, HttpConfig]:
+    """From the flags. A server measures its machine once, and keeps the profile in the user's cache folder."""
+    profile = {"profile": str(cache_folder(os.environ))}
+    return EngineConfig(**profile | given(args, EngineConfig)), HttpConfig(**given(args, HttpConfig))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="serve.py", description="Serve the tenants of a store on one backbone.", epilog=ENVIRONMENT_HELP
@@ -139,9 +149,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_flags(parser, EngineConfig)
     add_flags(parser, HttpConfig)
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if argv is None:
+        suit_machine(sys.argv[1:])
+    log_to_stderr()
     try:
-        run(EngineConfig(**given(args, EngineConfig)), HttpConfig(**given(args, HttpConfig)))
+        run(*configs(args))
     except VbertError as error:
         print(f"error: {error.message}", file=sys.stderr)
         return 2

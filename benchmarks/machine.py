@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from runtime.machine import cpu_model
 
 __all__ = ["Neighbours", "commit", "describe", "has_native_bfloat16"]
 
@@ -22,7 +23,7 @@ _NOISY_CORES = 0.1  # more than this much of one core used by others, and a numb
 def describe() -> dict[str, Any]:
     """CPU, cores, memory, software and thread settings, as JSON values. Names no host and no user."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "native_bfloat16": has_native_bfloat16(),
@@ -69,11 +70,6 @@ class Neighbours:
         fields = [int(n) / tick for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
         idle = fields[3] + fields[4]
         return sum(fields), sum(fields) - idle, sum(os.times()[:4])
-
-
-def _cpu_model() -> str:
-    match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return match[1] if match else platform.processor() or "unknown"
 
 
 def _version(package: str) -> str | None:

@@ -22,13 +22,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    import logging
+    from runtime.logs import log_to_stderr
+    from serve import configs, run
 
-    from runtime.config import EngineConfig
-    from runtime.flags import given
-    from serve import HttpConfig, run
-
-    engine_config = EngineConfig(**given(args, EngineConfig))
+    engine_config, http_config = configs(args)
     for name in ("backbone", "store"):
         if not getattr(engine_config, name):
             raise Wrong(f"--{name} is not given; see vbert serve --help")
@@ -36,5 +33,5 @@ def run(args: argparse.Namespace) -> None:
     def ready(url: str) -> None:
         print(json.dumps({"url": url, "pid": os.getpid()}) if args.json else f"serving on {url}", flush=True)
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    run(engine_config, HttpConfig(**given(args, HttpConfig)), on_ready=ready)
+    log_to_stderr()
+    run(engine_config, http_config, on_ready=ready)

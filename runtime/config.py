@@ -44,6 +44,9 @@ class EngineConfig:
         "memory", "memory, or mapped: word embeddings stay in a file of the store and take no device memory"
     )
     trace: str = option("", "write a Chrome trace of the lanes to this file")
+    profile: str = option(
+        "", "file of `vbert profile`, or a folder that has it or gets it at start; vbert serve: the user's cache folder"
+    )
     max_batch_tokens: int = option(4096, "tokens in one forward pass")
     max_queue_inputs: int = option(4096, "inputs waiting in the whole engine; beyond it: server_full")
     max_caller_share: float = option(0.5, "part of the queue one caller may fill; beyond it: queue_full")

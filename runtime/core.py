@@ -13,8 +13,9 @@ from runtime.dispatcher import CANARY, Dispatcher, Terms
 from runtime.forwards import Forwards
 from runtime.health import Health
 from runtime.host_tier import HostTier
-from runtime.lanes import Lanes, usable_cores
+from runtime.lanes import Lanes
 from runtime.loop import ServingLoop
+from runtime.machine import usable_cores
 from runtime.manager import Manager, typical_load_s
 from runtime.metrics import Metrics, MetricsSnapshot
 from runtime.parts import Parts, host_budget_bytes
@@ -26,7 +27,9 @@ from runtime.scheduler import BatchPolicy
 from runtime.selftest import SelfTester
 from runtime.tenants import Tenants
 from runtime.threads import ThreadChoice
+from runtime.throughput import Throughput
 from runtime.uploads import Uploads
+from runtime.wait_policy import log_collapse
 from vbert.errors import SelfTestFailed, VbertError
 from vbert.selftest import check_outputs
 
@@ -51,9 +54,8 @@ class Core:
         self.config, self.parts, self.lanes, self._clock = config, parts, lanes, clock
         self._event = event = asyncio.Event()
         self.metrics = metrics = Metrics()
-        threads = (
-            ThreadChoice((config.compute_threads,)) if config.compute_threads else ThreadChoice.up_to(usable_cores())
-        )
+        threads = ThreadChoice.of_lane(config.compute_threads, usable_cores(), log_collapse)
+        throughput = Throughput(parts.cost.forward_s if parts.cost else None)
         self.uploads = Uploads(parts.device, overlapped="modules" in config.lanes, trace=parts.trace)
         forwards = Forwards(
             parts.model,
@@ -68,7 +70,8 @@ class Core:
             arriving=lambda tenant: self.manager.arriving(tenant),
             trace=parts.trace,
         )
-        self.pipeline = Pipeline(forwards, MemoryPressure(config.max_batch_tokens, clock), clock, metrics)
+        pressure = MemoryPressure(config.max_batch_tokens, clock)
+        self.pipeline = Pipeline(forwards, pressure, clock, metrics, throughput)
         self.dispatcher = Dispatcher(
             config=config,
             tokenizer=parts.tokenizer,
@@ -89,6 +92,7 @@ class Core:
             lane=lanes.loader,
             replay=self.pipeline.replay,
         )
+        host = self._host_tier()
         self.manager = Manager(
             arena=parts.arena,
             budget_bytes=config.module_budget_bytes,
@@ -101,8 +105,9 @@ class Core:
             clock=clock,
             metrics=metrics,
             policy=residency_policy(config.residency),
-            host=self._host_tier(),
+            host=host,
             uploads=self.uploads,
+            load_cost=parts.cost.upload_s if parts.cost and host else self._load_cost(),
         )
         self.loop = ServingLoop(
             policy=policy,
@@ -136,8 +141,12 @@ class Core:
             files=self.parts.store.blob_path,
             lane=self.lanes.loader,
             policy=residency_policy(self.config.residency),
-            load_cost=typical_load_s,
+            load_cost=self._load_cost(),
         )
+
+    def _load_cost(self) -> Callable[[int], float]:
+        """Seconds from the disk into host memory by bytes."""
+        return self.parts.cost.load_s if self.parts.cost else typical_load_s
 
     async def prove(self) -> None:
         """The first canary. Raises SelfTestFailed unless it was answered as the dense reference answers."""

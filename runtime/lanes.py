@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Lanes", "usable_cores", "use_one_heap"]
+from runtime.machine import usable_cores
+
+__all__ = ["Lanes", "use_one_heap"]
 
 _M_ARENA_MAX = -8  # of malloc.h
 
@@ -61,11 +62,6 @@ def use_one_heap() -> None:
     """
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def _lane(name: str, num_threads: int, torch_threads: int) -> ThreadPoolExecutor:

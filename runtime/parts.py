@@ -11,6 +11,8 @@ import torch
 
 from runtime.clock import Clock
 from runtime.config import EngineConfig
+from runtime.cost import CostModel
+from runtime.own_profile import own_profile
 from runtime.request import Served, TenantKey
 from runtime.store import TenantStore
 from runtime.streams import Device, open_device
@@ -32,7 +34,8 @@ __all__ = ["Parts", "host_budget_bytes", "load_parts"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
     """name: what the backbone is served as. canary: one short input with the answer of the dense reference. words: the
-    word embeddings if they are not in the model's memory."""
+    word embeddings if they are not in the model's memory. cost: the profile of this machine, None where none was asked
+    for."""
 
     name: str
     backbone: Backbone
@@ -45,6 +48,7 @@ class Parts:
     host_arena: Arena | None
     store: TenantStore
     canary: SelfTest
+    cost: CostModel | None
 
     def close(self) -> None:
         """After the last batch."""
@@ -109,6 +113,7 @@ def load_parts(config: EngineConfig, clock: Clock) -> Parts:
             host_arena=host_arena,
             store=store,
             canary=make_self_tests(backbone, None, tokenizer, texts=("ok",))[0],
+            cost=own_profile(config, backbone, model),
         )
         undo.pop_all()
     return parts

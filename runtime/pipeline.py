@@ -35,11 +35,18 @@ _log = logging.getLogger(__name__)
 class Pipeline:
     """`launch` from the event loop; `done` is called on it. State is touched by the event loop only."""
 
-    def __init__(self, forwards: Forwards, pressure: MemoryPressure, clock: Clock, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        forwards: Forwards,
+        pressure: MemoryPressure,
+        clock: Clock,
+        metrics: Metrics,
+        throughput: Throughput | None = None,
+    ) -> None:
         self.pressure = pressure
         self._forwards, self._clock, self._metrics = forwards, clock, metrics
         self._ids = count()
-        self._throughput = Throughput()
+        self._throughput = throughput or Throughput()
         self._replays: list[_Replay] = []
         self._replaying = False
         self.in_flight = 0

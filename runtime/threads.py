@@ -7,6 +7,8 @@ one thread does not notice. Nobody tells us which case it is, so each count is t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 __all__ = ["ThreadChoice"]
 
 _KEEP = 0.6  # of the past: one collapsed batch is enough to change
@@ -18,24 +20,36 @@ _COLLAPSE = 4  # times slower than another count: what everybody who waits feels
 class ThreadChoice:
     """The fastest of a few thread counts, for each size of batch (by powers of two) on its own."""
 
-    def __init__(self, counts: tuple[int, ...]) -> None:
-        """counts: to choose from, the one to begin with first."""
-        self._counts = counts
+    def __init__(self, counts: tuple[int, ...], on_collapse: Callable[[int, float], None] | None = None) -> None:
+        """counts: to choose from, the one to begin with first. on_collapse: told once, when a batch on several threads
+        was many times slower than on another count: their number, and how many times."""
+        self.counts = counts
+        self._on_collapse = on_collapse
         self._sizes: dict[int, _Size] = {}
 
     @classmethod
-    def up_to(cls, cores: int) -> ThreadChoice:
+    def up_to(cls, cores: int, on_collapse: Callable[[int, float], None] | None = None) -> ThreadChoice:
         """All cores, half of them where that is more than one, or one."""
-        return cls(tuple(dict.fromkeys((cores, max(1, cores // 2), 1))))
+        return cls(tuple(dict.fromkeys((cores, max(1, cores // 2), 1))), on_collapse)
+
+    @classmethod
+    def of_lane(
+        cls, compute_threads: int, cores: int, on_collapse: Callable[[int, float], None] | None = None
+    ) -> ThreadChoice:
+        """compute_threads: as in EngineConfig, 0 for a choice."""
+        return cls((compute_threads,), on_collapse) if compute_threads else cls.up_to(cores, on_collapse)
 
     def choose(self, tokens: int) -> int:
         return self._size(tokens).choose()
 
     def observe(self, count: int, tokens: int, seconds: float) -> None:
-        self._size(tokens).observe(count, max(seconds, _TICK_S) / max(1, tokens))
+        times = self._size(tokens).observe(count, max(seconds, _TICK_S) / max(1, tokens))
+        if self._on_collapse and count > 1 and times >= _COLLAPSE:
+            on_collapse, self._on_collapse = self._on_collapse, None
+            on_collapse(count, times)
 
     def _size(self, tokens: int) -> _Size:
-        return self._sizes.setdefault(tokens.bit_length(), _Size(self._counts))
+        return self._sizes.setdefault(tokens.bit_length(), _Size(self.counts))
 
 
 class _Size:
@@ -62,7 +76,8 @@ class _Size:
         self._waited += 1
         return self._best
 
-    def observe(self, count: int, cost: float) -> None:
+    def observe(self, count: int, cost: float) -> float:
+        """Returns how many times the batch was slower than the best count is."""
         is_first, old = count not in self._cost, self._cost.get(count, cost)
         self._cost[count] = min(_KEEP * old + (1 - _KEEP) * cost, 1.2 * cost)  # good news is believed at once
         before, self._best = self._best, min(self._cost, key=self._cost.__getitem__)
@@ -75,6 +90,7 @@ class _Size:
             if count == before:
                 self._lost(count, times)
             self._held = self._waited = 0
+        return times
 
     def _lost(self, count: int, times: float) -> None:
         """The best count became the slower one."""

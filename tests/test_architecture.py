@@ -183,7 +183,7 @@ def test_no_import_circles():
 
 
 def test_policies_know_neither_asyncio_nor_torch():
-    for policy in ("scheduler", "residency"):
+    for policy in ("scheduler", "residency", "cost"):
         for path in closure(ROOT / f"runtime/{policy}.py"):
             packages = {item.package for item in imports(path)}
             assert not packages & {"asyncio", "torch", "time"}, f"runtime/{policy}.py by way of {relative(path)}"

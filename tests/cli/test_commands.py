@@ -47,7 +47,7 @@ def test_train_says_how_threads_wait_before_torch_is_loaded():
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("serve",), ("tenants",), ("tenants", "add"), ("train",), ("bench",), ("keys",)]
+    "command", [(), ("serve",), ("tenants",), ("tenants", "add"), ("train",), ("profile",), ("bench",), ("keys",)]
 )
 def test_every_command_has_help(vbert, command):
     code, out, _ = vbert(*command, "--help")
@@ -82,6 +82,8 @@ def test_every_option_of_the_server_is_a_flag(vbert):
         (("train", "--backbone", "x", "--store", "y"), "give NAME"),
         (("train", "--backbone", "x", "--store", "y", "--out", "z"), "give NAME"),
         (("train", "t", "--recipe", "/no/such.toml", "--out", "x"), "recipe /no/such.toml cannot be read"),
+        (("profile",), "required: --backbone"),
+        (("profile", "--backbone", "/no/such/folder"), "/no/such/folder"),
         (("bench", "frobnicate"), "benchmark 'frobnicate' is not one of"),
         (("keys", "a b"), "choose another"),
         (("keys", "a", "--scopes", "root"), "give some of infer, admin, metrics"),
@@ -153,7 +155,7 @@ def test_a_wrong_name_is_refused_before_training(refused, tmp_path, backbone, na
 
 @pytest.mark.slow
 def test_serve_until_sigterm(tmp_path, backbone, checkpoints, ok):
-    flags = ("--store", tmp_path / "store", "--port", 0, "--compute-threads", 1, "--json")
+    flags = ("--store", tmp_path / "store", "--port", 0, "--json")
     ok("tenants", "add", "intent", checkpoints / "intent.safetensors", "--backbone", backbone.folder, *flags[:2])
     server = start("-m", "cli", "serve", *flags, env=os.environ | {"VBERT_BACKBONE": str(backbone.folder)})
     try:

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from runtime.threads import ThreadChoice
+from runtime.wait_policy import log_collapse
 
 
 def run(choice: ThreadChoice, seconds, batches: int, tokens: int = 2000) -> list[int]:
@@ -93,3 +94,33 @@ def test_a_clock_that_did_not_move():
 def test_counts_of_larger_machines():
     assert run(ThreadChoice.up_to(16), {16: 0.03, 8: 0.02, 1: 0.1}, 10) == [16, 8, 1, *[8] * 7]
     assert set(run(ThreadChoice.up_to(1), {1: 0.1}, 100)) == {1}
+
+
+def test_a_collapse_is_told_once():
+    told = []
+    choice = ThreadChoice.up_to(2, lambda *what: told.append(what))
+    run(choice, QUIET, 100)
+    assert told == []
+    run(choice, BUSY, 500)
+    ((count, times),) = told
+    assert (count, round(times)) == (2, round(BUSY[2] / 0.13))
+
+
+def test_one_thread_never_collapses():
+    told = []
+    choice = ThreadChoice.up_to(2, lambda *what: told.append(what))
+    run(choice, {1: 0.1, 2: 0.05}, 20)
+    run(choice, {1: 9.0, 2: 0.05}, 200)
+    assert told == []
+
+
+@pytest.mark.parametrize(("policy", "lines"), [("", 1), ("ACTIVE", 1), ("passive", 0)])
+def test_the_remedy_is_logged_where_there_is_one(monkeypatch, caplog, policy, lines):
+    monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    log_collapse(2, 9.2)
+    assert caplog.text.count("OMP_WAIT_POLICY=PASSIVE, set before torch is imported") == lines
+
+
+def test_a_lane_has_its_count_or_a_choice():
+    assert ThreadChoice.of_lane(3, 8).counts == (3,)
+    assert ThreadChoice.of_lane(0, 8).counts == (8, 4, 1)

@@ -1,0 +1,190 @@
+"""What things cost: seconds by operation, size and tier, measured on one device and interpolated. Pure: no torch.
+
+A `CostModel` is a few curves through measured points; runtime/profiler.py measures them, runtime/profile_file.py keeps
+them. Policies ask it before anything has run; what is learned meanwhile corrects it (runtime/throughput.py).
+
+| curve | size | case |
+| --- | --- | --- |
+| forward/LENGTH | tokens of a batch | each of its sequences has LENGTH tokens |
+| load/warm, load/cold | bytes of a module in memory | its file is in the page cache; it is on the disk only |
+| upload | bytes, host to device | only where there is a device |
+| gather_rows/WIDTH | rows of a table in memory | rows of WIDTH numbers |
+| self_test | modules whose self-tests are replayed in one batch | |
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import accumulate, pairwise
+from statistics import median
+from typing import Any, Protocol
+
+from vbert.errors import ConfigError, CorruptFile
+
+__all__ = ["FORMAT_VERSION", "TYPICAL_LENGTH", "Conditions", "CostModel", "Curve", "LoadCost", "Point"]
+
+FORMAT_VERSION = 1
+TYPICAL_LENGTH = 32  # tokens of a short text, where nobody says better
+_REMEDY = "run `vbert profile` here"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditions:
+    """What a profile holds for. device: model of the CPU or GPU. threads: the most the compute lane uses.
+    wait_policy: OMP_WAIT_POLICY, `default` where it is not set. layers, hidden, ffn: shape of the backbone."""
+
+    device: str
+    threads: int
+    wait_policy: str
+    dtype: str
+    torch: str
+    vbert: str
+    layers: int
+    hidden: int
+    ffn: int
+
+    def check(self, here: Conditions, where: str) -> None:
+        """Raises ConfigError naming everything in which `here` differs. where: which profile this is, for people."""
+        names = [field.name for field in fields(self)]
+        differ = [name for name in names if getattr(self, name) != getattr(here, name)]
+        if differ:
+            listed = ", ".join(f"{name} {getattr(self, name)!r} (here {getattr(here, name)!r})" for name in differ)
+            raise ConfigError(f"the profile {where} was measured with {listed}; {_REMEDY}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One measurement. seconds: median of the repeats; spread: (p75 - p25) / p50; threads: of the lane, at this size
+    the fastest number."""
+
+    size: float
+    seconds: float
+    spread: float
+    repeats: int
+    threads: int
+
+
+class Curve:
+    """Seconds over size: linear between the measured points, and never falling.
+
+    What disturbs a measurement makes it longer, so where a larger size took less time, that is the better number for
+    the smaller one. Outside the points: below, as long as the smallest; above, in proportion to the largest, which is
+    an upper bound where a part of the cost is fixed.
+    """
+
+    def __init__(self, points: Sequence[Point]) -> None:
+        """points: at least one, sizes above 0 and ascending. Raises CorruptFile."""
+        sizes = [point.size for point in points]
+        if not sizes or sizes[0] <= 0 or any(b <= a for a, b in pairwise(sizes)):
+            raise CorruptFile(f"sizes of a profile are {sizes}, they must be above 0 and ascending; {_REMEDY}")
+        if not all(0 < point.seconds < float("inf") for point in points):
+            raise CorruptFile(f"seconds of a profile are {[p.seconds for p in points]}, not all above 0; {_REMEDY}")
+        self.points = tuple(points)
+        self._sizes = sizes
+        self._seconds = list(accumulate((point.seconds for point in reversed(points)), min))[::-1]
+
+    def seconds(self, size: float) -> float:
+        sizes, seconds = self._sizes, self._seconds
+        if size <= sizes[0]:
+            return seconds[0]
+        if size >= sizes[-1]:
+            return seconds[-1] * size / sizes[-1]
+        i = bisect_left(sizes, size)
+        return _between(size, sizes[i - 1], seconds[i - 1], sizes[i], seconds[i])
+
+
+class LoadCost(Protocol):
+    """What residency and prefetch ask of a profile."""
+
+    def load_s(self, num_bytes: int, tier: str = "warm") -> float:
+        """Seconds to bring in a module that takes `num_bytes` in memory. tier: `warm`, its file is in the page cache,
+        or `cold`, it is on the disk only."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CostModel:
+    """The curves of one device, by the names above. Every answer is in seconds. A `LoadCost`."""
+
+    conditions: Conditions
+    curves: Mapping[str, Curve]
+
+    def forward_s(self, tokens: int, length: int = TYPICAL_LENGTH) -> float:
+        """A batch of `tokens` in sequences of `length`. Between measured lengths linear, as attention is per token;
+        below the shortest as that one, above the longest along the last two."""
+        curves = self._forward_curves()
+        lengths = [each for each, _ in curves]
+        seconds = [curve.seconds(tokens) for _, curve in curves]
+        if length <= lengths[0] or len(lengths) == 1:
+            return seconds[0]
+        i = min(bisect_left(lengths, length), len(lengths) - 1)
+        told = _between(length, lengths[i - 1], seconds[i - 1], lengths[i], seconds[i])
+        return max(told, seconds[i]) if length > lengths[-1] else told
+
+    def load_s(self, num_bytes: int, tier: str = "warm") -> float:
+        return self._curve(f"load/{tier}").seconds(num_bytes)
+
+    def upload_s(self, num_bytes: int) -> float:
+        """Host to device; 0 where there is no device."""
+        return self.curves["upload"].seconds(num_bytes) if "upload" in self.curves else 0.0
+
+    def gather_s(self, rows: int) -> float:
+        """Rows of the backbone's width, gathered from a table in memory."""
+        return self._curve(f"gather_rows/{self.conditions.hidden}").seconds(rows)
+
+    def self_test_s(self, modules: int = 1) -> float:
+        """Replaying the self-tests of so many modules in one batch."""
+        return self._curve("self_test").seconds(modules)
+
+    @property
+    def noise(self) -> float:
+        """Median spread of all points: 0.05 is a quiet machine."""
+        return median(point.spread for curve in self.curves.values() for point in curve.points)
+
+    def to_json(self) -> dict[str, Any]:
+        curves = {name: [asdict(point) for point in curve.points] for name, curve in self.curves.items()}
+        return {
+            "format": FORMAT_VERSION,
+            "conditions": asdict(self.conditions),
+            "noise": round(self.noise, 4),
+            "curves": curves,
+        }
+
+    @classmethod
+    def from_json(cls, value: Any) -> CostModel:
+        """Raises CorruptFile when it is not what `to_json` gave, ConfigError for another format version."""
+        try:
+            if value["format"] != FORMAT_VERSION:
+                raise ConfigError(
+                    f"the profile has format {value['format']!r}, this version reads {FORMAT_VERSION}; {_REMEDY}"
+                )
+            curves = {
+                str(name): Curve([Point(**point) for point in points]) for name, points in value["curves"].items()
+            }
+            model = cls(Conditions(**value["conditions"]), curves)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CorruptFile(f"the profile is malformed ({error!r}); {_REMEDY}") from error
+        for name in ("load/warm", "load/cold", "self_test", f"gather_rows/{model.conditions.hidden}"):
+            model._curve(name)
+        model._forward_curves()
+        return model
+
+    def _curve(self, name: str) -> Curve:
+        if name not in self.curves:
+            raise CorruptFile(f"the profile has no curve {name!r}, it has {', '.join(self.curves)}; {_REMEDY}")
+        return self.curves[name]
+
+    def _forward_curves(self) -> list[tuple[int, Curve]]:
+        """By length, the shortest first."""
+        named = [(name.removeprefix("forward/"), curve) for name, curve in self.curves.items()]
+        found = sorted((int(name), curve) for name, curve in named if name.isdigit())
+        if not found:
+            raise CorruptFile(f"the profile has no curve 'forward/LENGTH', it has {', '.join(self.curves)}; {_REMEDY}")
+        return found
+
+
+def _between(x: float, x0: float, y0: float, x1: float, y1: float) -> float:
+    """On the line through both points."""
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)

@@ -1,0 +1,29 @@
+"""What this machine is: its name, its cores, and how its OpenMP threads wait."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+
+__all__ = ["cpu_model", "usable_cores", "wait_policy"]
+
+
+def cpu_model() -> str:
+    """As the system names it."""
+    match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return match[1] if match else platform.processor() or "unknown"
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def wait_policy() -> str:
+    """`PASSIVE`, `ACTIVE`, or `default` where OMP_WAIT_POLICY is not set.
+
+    Not a setting of ours: the OpenMP library read it when torch was loaded.
+    """
+    return os.environ.get("OMP_WAIT_POLICY", "").upper() or "default"

@@ -1,0 +1,284 @@
+"""Measures the cost model of this machine: forwards, module loads, uploads, row gathers, self-test replays.
+
+Blocking; on the thread that will compute, since OpenMP has a pool a thread. What is timed is what serving runs: the
+packed forward, the arena's own read of a native file, in the compute dtype.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from runtime.blobs import digest_of
+from runtime.clock import Clock
+from runtime.cost import Conditions, CostModel, Curve, Point
+from runtime.machine import cpu_model, wait_policy
+from vbert.arena import Arena, ResidentTenant
+from vbert.checkpoint import write_tenant
+from vbert.config import EncoderConfig
+from vbert.formats.transformers_folder import Backbone
+from vbert.header import parse_header, read_header
+from vbert.model import Model, SequenceInput
+from vbert.tenant import LowRank, TenantModule
+
+__all__ = ["FULL", "QUICK", "Effort", "Profiler", "conditions_here"]
+
+_ARENA_BYTES = 2 * 2**30  # address space, not memory
+_TABLE_ROWS = 1 << 16
+_SELF_TESTS, _SELF_TEST_TOKENS, _SELF_TEST_RANK = 3, 12, 8  # of one module
+_TICK_S = 1e-9  # a clock may not have moved
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """What is measured, and how long.
+
+    tokens, lengths: of forwards. ranks: of the modules that are loaded. rows: gathered at once. modules: whose
+    self-tests are replayed at once. point_s: time for the repeats of one point, of which there are at least
+    `min_repeats`. largest_s: a run that should take longer is left out, and all larger ones with it.
+    """
+
+    tokens: tuple[int, ...]
+    lengths: tuple[int, ...]
+    ranks: tuple[int, ...]
+    rows: tuple[int, ...]
+    modules: tuple[int, ...]
+    min_repeats: int
+    max_repeats: int
+    point_s: float
+    largest_s: float
+
+
+FULL = Effort(
+    tokens=(8, 32, 128, 512, 1024, 2048, 4096, 8192),
+    lengths=(8, 32, 128, 512),
+    ranks=(1, 4, 16, 64, 256),
+    rows=(16, 64, 256, 1024, 4096, 16384),
+    modules=(1, 2, 4, 8, 16),
+    min_repeats=5,
+    max_repeats=25,
+    point_s=0.5,
+    largest_s=1.0,
+)
+QUICK = Effort(
+    tokens=(32, 128, 512, 1024),
+    lengths=(32, 128),
+    ranks=(1, 16, 64),
+    rows=(16, 4096),
+    modules=(1, 8),
+    min_repeats=3,
+    max_repeats=9,
+    point_s=0.05,
+    largest_s=0.2,
+)
+
+
+def conditions_here(config: EncoderConfig, dtype: torch.dtype, device: torch.device, threads: int) -> Conditions:
+    """What a profile that is measured now holds for. threads: the most the compute lane uses."""
+    on_gpu = device.type == "cuda"
+    return Conditions(
+        device=torch.cuda.get_device_name(device) if on_gpu else cpu_model(),
+        threads=threads,
+        wait_policy=wait_policy(),
+        dtype=str(dtype).removeprefix("torch."),
+        torch=torch.__version__,
+        vbert=_version(),
+        layers=config.num_layers,
+        hidden=config.hidden_size,
+        ffn=config.ffn_size,
+    )
+
+
+@dataclass(kw_only=True, eq=False)
+class Profiler:
+    """folder: on the disk that modules are loaded from; files are written there and deleted. thread_counts: those the
+    compute lane chooses from. progress: told what is measured, the curves done and their number."""
+
+    backbone: Backbone
+    model: Model
+    folder: Path
+    thread_counts: Sequence[int]
+    effort: Effort
+    clock: Clock
+    progress: Callable[[str, int, int], None] = field(default=lambda what, done, total: None)
+
+    def run(self) -> CostModel:
+        """Raises OSError when the folder cannot be written."""
+        threads = torch.get_num_threads()
+        try:
+            with tempfile.TemporaryDirectory(dir=self.folder) as scratch, torch.inference_mode():
+                curves = self._measure(Path(scratch))
+        finally:
+            torch.set_num_threads(threads)
+        config, model = self.backbone.config, self.model
+        return CostModel(conditions_here(config, model.dtype, model.device, max(self.thread_counts)), curves)
+
+    def _measure(self, scratch: Path) -> dict[str, Curve]:
+        lengths = [length for length in self.effort.lengths if length <= self.backbone.config.max_length]
+        todo: dict[str, Callable[[], Curve]] = {
+            f"forward/{n}": partial(self._forwards, n) for n in lengths or [self.backbone.config.max_length]
+        }
+        todo |= {f"load/{tier}": partial(self._loads, scratch, tier) for tier in ("warm", "cold")}
+        todo |= {f"gather_rows/{self.backbone.config.hidden_size}": self._gathers}
+        todo |= {"self_test": partial(self._self_tests, scratch)}
+        if self.model.device.type == "cuda":
+            todo |= {"upload": self._uploads}
+        curves = {}
+        for done, (name, measure) in enumerate(todo.items()):
+            self.progress(f"profile: {name}", done, len(todo))
+            curves[name] = measure()
+        self.progress("profile", len(todo), len(todo))
+        return curves
+
+    # ---- one curve each --------------------------------------------------------------------------------------------
+
+    def _forwards(self, length: int) -> Curve:
+        counts = sorted({max(1, tokens // length) for tokens in self.effort.tokens})
+        runs = {n * length: partial(self._forward, self._sequences(n, length)) for n in counts}
+        return self._curve(runs, self.thread_counts)
+
+    def _loads(self, scratch: Path, tier: str) -> Curve:
+        """Header, slots, bytes, checksum: all that the manager does but the self-test. Sizes as the arena counts."""
+        arena = self._arena()
+        paths = {rank: self._write(scratch, rank) for rank in self.effort.ranks}
+        runs = {arena.num_bytes(read_header(path)): partial(_load_and_release, arena, path) for path in paths.values()}
+        forget = {arena.num_bytes(read_header(path)): partial(_forget, path) for path in paths.values()}
+        return self._curve(runs, (1,), before=forget if tier == "cold" else {})
+
+    def _gathers(self) -> Curve:
+        width = self.backbone.config.hidden_size
+        table = torch.zeros(_TABLE_ROWS, width, dtype=self.model.dtype)
+        table += 1  # else every row is the same page of zeros
+        spread = [torch.arange(rows) * 48_271 % _TABLE_ROWS for rows in self.effort.rows]
+        return self._curve({len(rows): partial(torch.index_select, table, 0, rows) for rows in spread}, (1,))
+
+    def _self_tests(self, scratch: Path) -> Curve:
+        """Three short texts a module, every module another one."""
+        arena = self._arena()
+        most = max(self.effort.modules)
+        tenants = [_load(arena, self._write(scratch, _SELF_TEST_RANK, name=str(i))) for i in range(most)]
+        runs = {}
+        for modules in self.effort.modules:
+            sequences = [s for t in tenants[:modules] for s in self._sequences(_SELF_TESTS, _SELF_TEST_TOKENS, t)]
+            runs[modules] = partial(self._forward, sequences)
+        return self._curve(runs, self.thread_counts)
+
+    def _uploads(self) -> Curve:
+        """Pinned host memory to the device. Sizes are those of the modules."""
+        arena = self._arena()
+        layers = self.backbone.config.num_layers
+        sizes = [arena.num_bytes(parse_header(write_tenant(self._module(rank)))) * layers for rank in self.effort.ranks]
+        host = torch.zeros(max(sizes), dtype=torch.uint8).pin_memory()
+        device = torch.empty_like(host, device=self.model.device)
+
+        def upload(num_bytes: int) -> None:
+            device[:num_bytes].copy_(host[:num_bytes], non_blocking=True)
+            self._wait()
+
+        return self._curve({num_bytes: partial(upload, num_bytes) for num_bytes in sizes}, (1,))
+
+    # ---- one point -------------------------------------------------------------------------------------------------
+
+    def _curve(
+        self,
+        runs: Mapping[int, Callable[[], object]],
+        thread_counts: Sequence[int],
+        before: Mapping[int, Callable[[], None]] | None = None,
+    ) -> Curve:
+        """The runs by their size. before: what happens untimed before each repeat of a size."""
+        points: list[Point] = []
+        for size, run in sorted(runs.items()):
+            # Two at least: the time of a few tokens tells little of many.
+            if len(points) > 1 and points[-1].seconds * size / points[-1].size > self.effort.largest_s:
+                break
+            prepare = (before or {}).get(size, lambda: None)
+            points.append(min((self._point(size, run, prepare, n) for n in thread_counts), key=lambda p: p.seconds))
+        return Curve(points)
+
+    def _point(self, size: int, run: Callable[[], object], prepare: Callable[[], None], threads: int) -> Point:
+        """One run that does not count, then repeats until there are enough of them or their time is over."""
+        torch.set_num_threads(threads)
+        run()
+        seconds: list[float] = []
+        effort = self.effort
+        while len(seconds) < effort.min_repeats or (
+            len(seconds) < effort.max_repeats and sum(seconds) < effort.point_s
+        ):
+            prepare()
+            begin_s = self.clock.now_s()
+            run()
+            seconds.append(max(self.clock.now_s() - begin_s, _TICK_S))
+        p25, p50, p75 = statistics.quantiles(seconds, n=4, method="inclusive")
+        spread = round((p75 - p25) / p50, 4)
+        return Point(size=size, seconds=p50, spread=spread, repeats=len(seconds), threads=threads)
+
+    def _forward(self, sequences: Sequence[SequenceInput]) -> None:
+        self.model.forward(self.model.pack(sequences))
+        self._wait()
+
+    def _wait(self) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+
+    def _sequences(self, count: int, length: int, tenant: ResidentTenant | None = None) -> list[SequenceInput]:
+        ids = [i % self.backbone.config.vocab_size for i in range(1, length + 1)]
+        return [SequenceInput(ids, [0] * length, tenant)] * count
+
+    def _arena(self) -> Arena:
+        return Arena(self.backbone.config, self.backbone.fingerprint, self.model.dtype, _ARENA_BYTES)
+
+    def _write(self, folder: Path, rank: int, name: str = "") -> Path:
+        """A native file named by its digest, as in a store, and on the disk."""
+        data = write_tenant(self._module(rank, name), self.model.dtype)
+        path = folder / digest_of(data)
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        return path
+
+    def _module(self, rank: int, name: str = "") -> TenantModule:
+        config, width = self.backbone.config, self.backbone.config.hidden_size
+        down, up = torch.full((width, rank), 1e-3), torch.full((rank, width), 1e-3)
+        deltas = [LowRank(layer=i, site=site, a=down, b=up) for i in range(config.num_layers) for site in ("q", "v")]
+        return TenantModule(
+            backbone_fingerprint=self.backbone.fingerprint,
+            deltas=tuple(deltas),
+            head=self.backbone.embed_head,
+            source={"format": "profile", "name": name},
+        )
+
+
+def _load(arena: Arena, path: Path) -> ResidentTenant:
+    header = read_header(path)
+    reservation = arena.reserve(header, path.name)
+    assert reservation is not None, "the profile's own arena has room for all its modules"
+    return arena.fill(reservation, path)
+
+
+def _load_and_release(arena: Arena, path: Path) -> None:
+    arena.release(_load(arena, path))
+
+
+def _forget(path: Path) -> None:
+    """Drop the file from the page cache."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def _version() -> str:
+    try:
+        return version("vbert")
+    except PackageNotFoundError:
+        return "0"  # a bare checkout
