@@ -154,6 +154,25 @@ def overlap() -> str:
     return _where(result).replace("; requests/s", "; a batch") + markdown([*header, "hidden"], body)
 
 
+def neighbour() -> str:
+    """By clients and setting: requests/s on a quiet machine, and what is left of them beside a neighbour."""
+    result = latest("neighbour")
+    cells: dict[tuple[int, str], dict[str, Row]] = {}
+    for row in result["rows"]:
+        cells.setdefault((row["concurrency"], row["system"]), {})[row["neighbour"]] = row
+    beside = [name for name in next(iter(cells.values())) if name != "quiet"]
+    body = [
+        [
+            clients,
+            system,
+            _number(rows["quiet"]["requests_per_s"]),
+            *(f"{rows[name]['to_quiet']:.2f}x" for name in beside),
+        ]
+        for (clients, system), rows in cells.items()
+    ]
+    return _where(result) + markdown(["clients", "setting", "quiet", *beside], body)
+
+
 def training_quality() -> str:
     """Test accuracy of both sides, and of a linear probe on the frozen backbone."""
     result = latest("training_quality")
@@ -253,6 +272,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "multitenant_mix": multitenant_mix,
     "serving": serving,
     "overlap": overlap,
+    "neighbour": neighbour,
     "training_quality": training_quality,
     "equality": equality,
     "engine_options": engine_options,
@@ -264,8 +284,8 @@ TABLES: dict[str, Callable[[], str]] = {
 
 # ---- output of one run -------------------------------------------------------------------------------------------
 
-_PARAMETERS = ("shape", "dtype", "lengths", "tenants", "concurrency", "budget", "lanes")
-_MEASURED = ("requests_per_s", "p50_ms", "p99_ms", "spread")
+_PARAMETERS = ("shape", "dtype", "lengths", "tenants", "concurrency", "budget", "lanes", "neighbour")
+_MEASURED = ("requests_per_s", "to_quiet", "p50_ms", "p99_ms", "spread")
 
 
 def output_flags(parser: argparse.ArgumentParser) -> None:
@@ -295,11 +315,11 @@ def _print_table(result: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    case = [name for name in _PARAMETERS if name in result["rows"][0]]
-    columns = [name.replace("_", " ").replace(" per s", "/s") for name in ("system", *case, *_MEASURED)]
+    names = ["system", *(name for name in (*_PARAMETERS, *_MEASURED) if name in result["rows"][0])]
+    columns = [name.replace("_", " ").replace(" per s", "/s") for name in names]
     table = Table(*columns, title=result["benchmark"], box=SIMPLE_HEAD)
     for row in result["rows"]:
-        table.add_row(*(str(row[name]) for name in ("system", *case, *_MEASURED)))
+        table.add_row(*(str(row[name]) for name in names))
     console = Console()
     console.width = max(console.width, 100)  # a wrapped number cannot be read
     console.print(table)
