@@ -6,7 +6,6 @@ packed forward, the arena's own read of a native file, in the compute dtype.
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -17,24 +16,22 @@ from pathlib import Path
 
 import torch
 
-from runtime.blobs import digest_of
 from runtime.clock import Clock
 from runtime.cost import Conditions, CostModel, Curve, Point
 from runtime.machine import cpu_model, wait_policy
-from vbert.arena import Arena, ResidentTenant
-from vbert.checkpoint import write_tenant
+from runtime.probes import Probes
+from vbert.arena import ResidentTenant
 from vbert.config import EncoderConfig
 from vbert.formats.transformers_folder import Backbone
-from vbert.header import parse_header, read_header
 from vbert.model import Model, SequenceInput
-from vbert.tenant import LowRank, TenantModule
 
 __all__ = ["FULL", "QUICK", "Effort", "Profiler", "conditions_here"]
 
-_ARENA_BYTES = 2 * 2**30  # address space, not memory
 _TABLE_ROWS = 1 << 16
+_UPLOAD_BYTES = (1 << 14, 1 << 18, 1 << 22, 1 << 26)
 _SELF_TESTS, _SELF_TEST_TOKENS, _SELF_TEST_RANK = 3, 12, 8  # of one module
 _TICK_S = 1e-9  # a clock may not have moved
+_HOPELESS = 1.5  # times slower at its first run, and a thread count is measured no further
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +40,8 @@ class Effort:
 
     tokens, lengths: of forwards. ranks: of the modules that are loaded. rows: gathered at once. modules: whose
     self-tests are replayed at once. point_s: time for the repeats of one point, of which there are at least
-    `min_repeats`. largest_s: a run that should take longer is left out, and all larger ones with it.
+    `min_repeats`. largest_s: a run that takes longer is not repeated; one that should take longer is left out, and all
+    larger ones with it, but for the second of a curve.
     """
 
     tokens: tuple[int, ...]
@@ -63,18 +61,18 @@ FULL = Effort(
     ranks=(1, 4, 16, 64, 256),
     rows=(16, 64, 256, 1024, 4096, 16384),
     modules=(1, 2, 4, 8, 16),
-    min_repeats=5,
+    min_repeats=3,
     max_repeats=25,
     point_s=0.5,
     largest_s=1.0,
 )
 QUICK = Effort(
-    tokens=(32, 128, 512, 1024),
+    tokens=(32, 128, 512),
     lengths=(32, 128),
     ranks=(1, 16, 64),
     rows=(16, 4096),
-    modules=(1, 8),
-    min_repeats=3,
+    modules=(1, 4),
+    min_repeats=2,
     max_repeats=9,
     point_s=0.05,
     largest_s=0.2,
@@ -146,11 +144,11 @@ class Profiler:
         return self._curve(runs, self.thread_counts)
 
     def _loads(self, scratch: Path, tier: str) -> Curve:
-        """Header, slots, bytes, checksum: all that the manager does but the self-test. Sizes as the arena counts."""
-        arena = self._arena()
-        paths = {rank: self._write(scratch, rank) for rank in self.effort.ranks}
-        runs = {arena.num_bytes(read_header(path)): partial(_load_and_release, arena, path) for path in paths.values()}
-        forget = {arena.num_bytes(read_header(path)): partial(_forget, path) for path in paths.values()}
+        """Sizes are what the modules take in memory."""
+        probes = Probes(self.backbone, self.model.dtype, scratch)
+        paths = [probes.write(rank) for rank in self.effort.ranks]
+        runs = {probes.num_bytes(path): partial(probes.load_and_release, path) for path in paths}
+        forget = {probes.num_bytes(path): partial(probes.forget, path) for path in paths}
         return self._curve(runs, (1,), before=forget if tier == "cold" else {})
 
     def _gathers(self) -> Curve:
@@ -162,9 +160,9 @@ class Profiler:
 
     def _self_tests(self, scratch: Path) -> Curve:
         """Three short texts a module, every module another one."""
-        arena = self._arena()
-        most = max(self.effort.modules)
-        tenants = [_load(arena, self._write(scratch, _SELF_TEST_RANK, name=str(i))) for i in range(most)]
+        probes = Probes(self.backbone, self.model.dtype, scratch)
+        paths = [probes.write(_SELF_TEST_RANK, name=str(i)) for i in range(max(self.effort.modules))]
+        tenants = [probes.load(path) for path in paths]
         runs = {}
         for modules in self.effort.modules:
             sequences = [s for t in tenants[:modules] for s in self._sequences(_SELF_TESTS, _SELF_TEST_TOKENS, t)]
@@ -172,18 +170,15 @@ class Profiler:
         return self._curve(runs, self.thread_counts)
 
     def _uploads(self) -> Curve:
-        """Pinned host memory to the device. Sizes are those of the modules."""
-        arena = self._arena()
-        layers = self.backbone.config.num_layers
-        sizes = [arena.num_bytes(parse_header(write_tenant(self._module(rank)))) * layers for rank in self.effort.ranks]
-        host = torch.zeros(max(sizes), dtype=torch.uint8).pin_memory()
+        """Pinned host memory to the device."""
+        host = torch.zeros(max(_UPLOAD_BYTES), dtype=torch.uint8).pin_memory()
         device = torch.empty_like(host, device=self.model.device)
 
         def upload(num_bytes: int) -> None:
             device[:num_bytes].copy_(host[:num_bytes], non_blocking=True)
             self._wait()
 
-        return self._curve({num_bytes: partial(upload, num_bytes) for num_bytes in sizes}, (1,))
+        return self._curve({num_bytes: partial(upload, num_bytes) for num_bytes in _UPLOAD_BYTES}, (1,))
 
     # ---- one point -------------------------------------------------------------------------------------------------
 
@@ -200,25 +195,40 @@ class Profiler:
             if len(points) > 1 and points[-1].seconds * size / points[-1].size > self.effort.largest_s:
                 break
             prepare = (before or {}).get(size, lambda: None)
-            points.append(min((self._point(size, run, prepare, n) for n in thread_counts), key=lambda p: p.seconds))
+            best: Point | None = None
+            for threads in thread_counts:
+                best = self._point(size, run, prepare, threads, best)
+            assert best is not None, "there is at least one thread count"
+            points.append(best)
         return Curve(points)
 
-    def _point(self, size: int, run: Callable[[], object], prepare: Callable[[], None], threads: int) -> Point:
-        """One run that does not count, then repeats until there are enough of them or their time is over."""
+    def _point(
+        self, size: int, run: Callable[[], object], prepare: Callable[[], None], threads: int, best: Point | None
+    ) -> Point:
+        """The better of `best` and this number of threads: one run that does not count, unless it is a long one, then
+        repeats until there are enough of them or their time is over."""
         torch.set_num_threads(threads)
-        run()
-        seconds: list[float] = []
-        effort = self.effort
-        while len(seconds) < effort.min_repeats or (
-            len(seconds) < effort.max_repeats and sum(seconds) < effort.point_s
-        ):
-            prepare()
-            begin_s = self.clock.now_s()
-            run()
-            seconds.append(max(self.clock.now_s() - begin_s, _TICK_S))
-        p25, p50, p75 = statistics.quantiles(seconds, n=4, method="inclusive")
+        first_s = self._seconds(run, prepare)
+        if best is not None and first_s > _HOPELESS * best.seconds:
+            return best
+        seconds = [first_s] if first_s > self.effort.largest_s else self._repeats(run, prepare)
+        p25, p50, p75 = statistics.quantiles(seconds * 2, n=4, method="inclusive")  # doubled: one is too few for it
         spread = round((p75 - p25) / p50, 4)
-        return Point(size=size, seconds=p50, spread=spread, repeats=len(seconds), threads=threads)
+        point = Point(size=size, seconds=p50, spread=spread, repeats=len(seconds), threads=threads)
+        return point if best is None or p50 < best.seconds else best
+
+    def _repeats(self, run: Callable[[], object], prepare: Callable[[], None]) -> list[float]:
+        effort = self.effort
+        seconds = [self._seconds(run, prepare) for _ in range(effort.min_repeats)]
+        while len(seconds) < effort.max_repeats and sum(seconds) < effort.point_s:
+            seconds.append(self._seconds(run, prepare))
+        return seconds
+
+    def _seconds(self, run: Callable[[], object], prepare: Callable[[], None]) -> float:
+        prepare()
+        begin_s = self.clock.now_s()
+        run()
+        return max(self.clock.now_s() - begin_s, _TICK_S)
 
     def _forward(self, sequences: Sequence[SequenceInput]) -> None:
         self.model.forward(self.model.pack(sequences))
@@ -231,50 +241,6 @@ class Profiler:
     def _sequences(self, count: int, length: int, tenant: ResidentTenant | None = None) -> list[SequenceInput]:
         ids = [i % self.backbone.config.vocab_size for i in range(1, length + 1)]
         return [SequenceInput(ids, [0] * length, tenant)] * count
-
-    def _arena(self) -> Arena:
-        return Arena(self.backbone.config, self.backbone.fingerprint, self.model.dtype, _ARENA_BYTES)
-
-    def _write(self, folder: Path, rank: int, name: str = "") -> Path:
-        """A native file named by its digest, as in a store, and on the disk."""
-        data = write_tenant(self._module(rank, name), self.model.dtype)
-        path = folder / digest_of(data)
-        with path.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        return path
-
-    def _module(self, rank: int, name: str = "") -> TenantModule:
-        config, width = self.backbone.config, self.backbone.config.hidden_size
-        down, up = torch.full((width, rank), 1e-3), torch.full((rank, width), 1e-3)
-        deltas = [LowRank(layer=i, site=site, a=down, b=up) for i in range(config.num_layers) for site in ("q", "v")]
-        return TenantModule(
-            backbone_fingerprint=self.backbone.fingerprint,
-            deltas=tuple(deltas),
-            head=self.backbone.embed_head,
-            source={"format": "profile", "name": name},
-        )
-
-
-def _load(arena: Arena, path: Path) -> ResidentTenant:
-    header = read_header(path)
-    reservation = arena.reserve(header, path.name)
-    assert reservation is not None, "the profile's own arena has room for all its modules"
-    return arena.fill(reservation, path)
-
-
-def _load_and_release(arena: Arena, path: Path) -> None:
-    arena.release(_load(arena, path))
-
-
-def _forget(path: Path) -> None:
-    """Drop the file from the page cache."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
 
 
 def _version() -> str:
