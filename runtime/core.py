@@ -107,7 +107,7 @@ class Core:
             policy=residency_policy(config.residency),
             host=host,
             uploads=self.uploads,
-            load_cost=parts.cost.upload_s if parts.cost and host else self._load_cost(),
+            load_cost=parts.cost.upload_s if parts.cost and host is not None else self._load_cost(),
         )
         self.loop = ServingLoop(
             policy=policy,

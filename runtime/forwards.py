@@ -28,10 +28,10 @@ from vbert.errors import VbertError
 from vbert.model import Model, SequenceInput
 from vbert.rows import RowSource
 
-__all__ = ["Computed", "Forwards", "Launch", "Outcome"]
+__all__ = ["LEFT", "Computed", "Forwards", "Launch", "Outcome"]
 
 Outcome = Tensor | VbertError
-_LEFT = ComputeFailed("nobody waits for this answer any more")  # and so nobody will read this
+LEFT = ComputeFailed("nobody waits for this answer any more")  # and so nobody will read this
 _IN_RING = 2  # the batch that computes and the one that is prepared meanwhile
 _log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class Forwards:
         with _told(answer):
             running = self._issue(launch, early, answer)
             if running is None:
-                answer.set_result(Computed([_LEFT] * len(launch.sequences), 0, 0.0, torch.get_num_threads(), False))
+                answer.set_result(Computed([LEFT] * len(launch.sequences), 0, 0.0, torch.get_num_threads(), False))
             elif self._results is None:
                 self._settle(running)
             else:
@@ -278,7 +278,7 @@ class Forwards:
         self, running: _Running, outcomes: list[Outcome], compute_s: float, ahead_s: float = 0.0, *, reran: bool = False
     ) -> None:
         left = iter(outcomes)
-        every = [next(left) if kept else _LEFT for kept in running.keep]
+        every = [next(left) if kept else LEFT for kept in running.keep]
         counts = running.num_tokens, compute_s, running.num_threads, reran, ahead_s, running.out_of_memory
         running.answer.set_result(Computed(every, *counts))
 

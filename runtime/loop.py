@@ -10,6 +10,7 @@ from itertools import repeat
 
 from runtime.clock import Clock
 from runtime.dispatcher import Dispatcher
+from runtime.forwards import LEFT
 from runtime.manager import Manager
 from runtime.metrics import Metrics
 from runtime.pending import Pending
@@ -111,8 +112,9 @@ class ServingLoop:
             end = begin + piece.last - piece.first
             digest = pending.served.key.digest
             self.manager.unpin(digest)
+            computed = sum(outcome is not LEFT for outcome in outcomes[begin:end])
             for kind in pending.served.kinds:
-                self.metrics.computed_inputs[kind] += end - begin
+                self.metrics.computed_inputs[kind] += computed
             own = [refused[digest]] if digest in refused else outcomes[begin:end]
             self._deliver(pending, piece.first, own, compute_s, now_s)
             begin = end

@@ -98,6 +98,7 @@ def load_parts(config: EngineConfig, clock: Clock) -> Parts:
         words = _mapped_words(backbone, config) if config.word_rows == "mapped" else None
         model = Model.load(backbone, config.dtype, config.device, words)
         warm_up(model.dtype, model.device)  # else the first tenant of a kind would hold up everybody's batches
+        cost = own_profile(config, backbone, model)
         device = open_device(model.device, clock)
         undo.callback(device.close)
         arena, host_arena = _arenas(config, model, device)
@@ -113,7 +114,7 @@ def load_parts(config: EngineConfig, clock: Clock) -> Parts:
             host_arena=host_arena,
             store=store,
             canary=make_self_tests(backbone, None, tokenizer, texts=("ok",))[0],
-            cost=own_profile(config, backbone, model),
+            cost=cost,
         )
         undo.pop_all()
     return parts

@@ -8,7 +8,7 @@ import pytest
 
 from runtime.errors import DeadlineExceeded, QueueFull, RequestTooLarge, ServerFull
 from tests.fakes import GatedPolicy, ManualClock
-from tests.serving.helpers import add, outcome, until, waiting
+from tests.serving.helpers import add, held, outcome, until, waiting
 from tests.tiny import TEXTS
 from vbert.errors import BadRequest, InputTooLong, UnknownTenant, WrongTask
 
@@ -207,6 +207,17 @@ async def test_a_caller_that_left_is_not_computed(serving):
         await stays
         assert engine.snapshot().computed_inputs["backbone"] == 2  # with the canary of the start
         assert engine.snapshot().requests["embed", "cancelled"] == 1
+
+
+async def test_a_caller_that_left_after_the_launch_is_not_counted_as_computed(serving):
+    async with serving() as engine:
+        with held(engine._core.lanes.rows):
+            gone = asyncio.create_task(engine.embed("tiny", TEXTS))
+            await until(lambda: engine.snapshot().in_flight_batches == 1)
+            gone.cancel()
+            await until(gone.done)
+        await engine.embed("tiny", ["a"])
+        assert engine.snapshot().computed_inputs["backbone"] == 2  # with the canary of the start
 
 
 async def test_a_request_in_pieces_is_answered_as_a_whole(serving):
