@@ -19,11 +19,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import accumulate, pairwise
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
 from vbert.errors import ConfigError, CorruptFile
 
-__all__ = ["FORMAT_VERSION", "TYPICAL_LENGTH", "Conditions", "CostModel", "Curve", "LoadCost", "Point"]
+__all__ = ["FORMAT_VERSION", "TYPICAL_LENGTH", "Conditions", "CostModel", "Curve", "Point"]
 
 FORMAT_VERSION = 1
 TYPICAL_LENGTH = 32  # tokens of a short text, where nobody says better
@@ -95,18 +95,9 @@ class Curve:
         return _between(size, sizes[i - 1], seconds[i - 1], sizes[i], seconds[i])
 
 
-class LoadCost(Protocol):
-    """What residency and prefetch ask of a profile."""
-
-    def load_s(self, num_bytes: int, tier: str = "warm") -> float:
-        """Seconds to bring in a module that takes `num_bytes` in memory. tier: `warm`, its file is in the page cache,
-        or `cold`, it is on the disk only."""
-        ...
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class CostModel:
-    """The curves of one device, by the names above. Every answer is in seconds. A `LoadCost`."""
+    """The curves of one device, by the names above. Every answer is in seconds."""
 
     conditions: Conditions
     curves: Mapping[str, Curve]
@@ -124,6 +115,8 @@ class CostModel:
         return max(told, seconds[i]) if length > lengths[-1] else told
 
     def load_s(self, num_bytes: int, tier: str = "warm") -> float:
+        """Bringing in a module that takes `num_bytes` in memory. tier: `warm`, its file is in the page cache, or
+        `cold`, it is on the disk only."""
         return self._curve(f"load/{tier}").seconds(num_bytes)
 
     def upload_s(self, num_bytes: int) -> float:
