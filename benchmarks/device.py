@@ -28,6 +28,7 @@ from vbert.graphs import Graph, capture_on_cuda
 from vbert.header import TenantHeader
 from vbert.kernels.backend import OF_DEVICE, Backend
 from vbert.layout import SlotLayout
+from vbert.memory import Slabs
 from vbert.model import Model, PackedBatch, SequenceInput
 
 __all__ = ["main"]
@@ -40,10 +41,14 @@ LEAST_COSINE = 0.999
 
 
 class DeviceClass(ArenaClass):
-    """An arena class whose slots are on the GPU, full of small random numbers."""
+    """An arena class with so many slots taken on the GPU, full of small random numbers."""
 
-    def _allocate(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(rows, columns, dtype=dtype, device="cuda").normal_(0.0, 0.02)
+    def __init__(self, layout: SlotLayout, count: int) -> None:
+        num_bytes = (count + count // 4 + 16) * (layout.numel * DTYPE.itemsize + 256)
+        memory = Slabs(torch.empty(num_bytes, dtype=torch.uint8, device="cuda"))
+        super().__init__(layout, layout.numel, DTYPE, memory)
+        self.taken = [slot for i in range(count) if (slot := self.take(str(i))) is not None]
+        self.values.normal_(0.0, 0.02)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,7 +66,7 @@ def _lora(rounds: int) -> list[dict[str, Any]]:
     model = _model("12x384")
     rows = _rows(model, "bare", _batch(model, []), rounds)
     for name, sites in LORA_SITES.items():
-        slots = _class(model.config, "low_rank", _lora_parts(model.config, sites), TENANTS)
+        slots = DeviceClass(SlotLayout.build("low_rank", _lora_parts(model.config, sites)), TENANTS)
         rows += _rows(model, f"lora-{name}", _batch(model, [slots]), rounds)
     alone = _milliseconds(_captured(_linears_alone(model.config)), rounds)
     rows.append({"system": "linears-alone", "shape": "12x384", "graph": True, "ms": alone})
@@ -72,21 +77,19 @@ def _adapters(rounds: int, slots: int) -> list[dict[str, Any]]:
     model = _model("12x768")
     layers = range(model.config.num_layers // 2, model.config.num_layers)
     parts = [part for layer in layers for part in _adapter_parts(model.config, layer)]
-    adapters = _class(model.config, "bottleneck", parts, slots)
+    adapters = DeviceClass(SlotLayout.build("bottleneck", parts), slots)
     rows = _rows(model, "bare", _batch(model, []), rounds)
     found = _rows(model, "adapters-upper-half", _batch(model, [adapters]), rounds)
-    held = {"slots": adapters.num_slots, "slot_gib": round(adapters.values.nbytes / 2**30, 2)}
+    held = {
+        "slots": len(adapters.taken),
+        "slot_gib": round(len(adapters.taken) * adapters.slot_bytes / 2**30, 2),
+    }
     return _with_shares([*rows, *(row | held for row in found)], "12x768")
 
 
 def _model(shape: str) -> Model:
     with tempfile.TemporaryDirectory() as folder:
         return Model.load(read_backbone(write_backbone(shape, Path(folder), seed=0)), "bfloat16", "cuda")
-
-
-def _class(config: EncoderConfig, kind: str, parts: list[tuple[int, str, str, str, list[int]]], slots: int) -> Any:
-    layout = SlotLayout.build(kind, parts)
-    return DeviceClass(layout, layout.numel, DTYPE, layout.numel * DTYPE.itemsize * slots)
 
 
 def _lora_parts(config: EncoderConfig, sites: Sequence[str]) -> list[tuple[int, str, str, str, list[int]]]:
@@ -100,19 +103,19 @@ def _adapter_parts(config: EncoderConfig, layer: int) -> list[tuple[int, str, st
     return [(layer, "ffn.normed>output", "relu", part, shape) for part, shape in shapes.items()]
 
 
-def _batch(model: Model, classes: Sequence[ArenaClass]) -> PackedBatch:
+def _batch(model: Model, classes: Sequence[DeviceClass]) -> PackedBatch:
     """64 tenants, a sequence each, their slots spread over the whole class; the bare backbone without classes."""
     words = torch.randint(1000, model.config.vocab_size, (TENANTS, TOKENS_EACH)).tolist()
     tenants = [_tenant(model, classes, i) if classes else None for i in range(TENANTS)]
     return model.pack([SequenceInput(ids, [0] * TOKENS_EACH, t) for ids, t in zip(words, tenants, strict=True)])
 
 
-def _tenant(model: Model, classes: Sequence[ArenaClass], i: int) -> ResidentTenant:
+def _tenant(model: Model, classes: Sequence[DeviceClass], i: int) -> ResidentTenant:
     """In slots that no file filled, so without a header."""
     reservation = Reservation(
         digest=f"{i:04}",
         header=cast(TenantHeader, None),
-        slots=tuple((c, i * (c.num_slots // TENANTS)) for c in classes),
+        slots=tuple((c, c.taken[i * (len(c.taken) // TENANTS)]) for c in classes),
         num_bytes=0,
         bytes_by_kind={},
     )

@@ -22,7 +22,7 @@ from vbert.errors import ConfigError, CorruptFile, UnknownTenant
 from vbert.formats.transformers_folder import Backbone, read_backbone
 from vbert.kernels.warm_up import warm_up
 from vbert.memory import Slabs
-from vbert.model import Model, resolve_dtype
+from vbert.model import Model, resolve_device, resolve_dtype
 from vbert.rows import MappedRows, publish_rows
 from vbert.selftest import make_self_tests
 from vbert.tenant import SelfTest
@@ -145,7 +145,7 @@ def host_budget_bytes(config: EngineConfig, device: torch.device) -> int:
 
 def _mapped_words(backbone: Backbone, config: EngineConfig) -> MappedRows:
     """The word embeddings of a backbone from a file of the store, written at the first start."""
-    dtype = resolve_dtype(config.dtype)
+    dtype = resolve_dtype(config.dtype, resolve_device(config.device))
     kind = str(dtype).removeprefix("torch.")
     path = Path(config.store) / f"words-{backbone.fingerprint.removeprefix('sha256:')[:16]}-{kind}.safetensors"
     if not path.exists():

@@ -46,10 +46,10 @@ PROJECT = {
 LAZY = {"cupy", "numba.cuda", "peft", "adapters", "transformers"}
 # Inside vbert a module imports only from its own rank or a lower one, and never in a circle.
 VBERT_RANKS = (
-    {"errors", "config", "tenant", "activations", "batch", "layout", "memory", "workspace", "feed", "rows"},
+    {"errors", "config", "tenant", "activations", "batch", "layout", "memory", "workspace", "feed"},
     {"kernels", "header"},
     {"checkpoint", "slot_file"},
-    {"arena", "attention", "heads", "tokenizer", "formats", "reference", "selftest"},
+    {"arena", "attention", "rows", "heads", "tokenizer", "formats", "reference", "selftest"},
     {"peft"},
     {"deltas"},
     {"encoder", "packing"},

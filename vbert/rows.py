@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vbert.batch import PackedRows
 from vbert.errors import CorruptFile, WrongBackbone
+from vbert.kernels.gather_rows import gather_rows
 
 __all__ = ["MappedRows", "RowSource", "publish_rows"]
 
@@ -63,9 +64,8 @@ class MappedRows:
     def width(self) -> int:
         return self.table.shape[1]
 
-    @torch.inference_mode()
     def gather(self, rows: PackedRows, out: Tensor) -> None:
-        torch.index_select(self.table, 0, rows.token_ids, out=out)
+        gather_rows(self.table, rows.token_ids, out=out)
 
 
 def publish_rows(path: Path, table: Tensor, fingerprint: str) -> None:

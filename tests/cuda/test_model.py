@@ -5,26 +5,29 @@ The real checkpoint is the folder that VBERT_MODEL names, else one under shared/
 
 import os
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.workload import write_backbone
+from runtime.uploads import module_pieces
 from tests.encoder.test_laws import Bench, all_kinds, assert_close
 from tests.random_tenants import Factory
 from tests.tiny import tiny_backbone
 from tests.tolerances import assert_answer, assert_hidden
+from vbert.arena import Arena
 from vbert.config import MODEL_TYPES
 from vbert.formats import read_tenant
 from vbert.formats.original import original_outputs
 from vbert.formats.transformers_folder import read_backbone
 from vbert.graphs import Signature
+from vbert.memory import Slabs
 from vbert.model import Model, SequenceInput
 
 pytestmark = pytest.mark.cuda
 DEVICE = "cuda"
+ROOM = 1 << 30
 TOLERANCE = {"float32": 1e-4, "float16": 0.015, "bfloat16": 0.06}  # of the largest number of the answer
 
 
@@ -35,25 +38,18 @@ class DeviceBench(Bench):
         super().__init__(backbone, "float32", folder)
         self.model = Model.load(backbone, dtype, DEVICE, **how)
         self.arena._dtype = self.model.dtype
+        memory = Slabs(torch.empty(ROOM, dtype=torch.uint8, device=self.model.device))
+        self.device_arena = Arena(backbone.config, backbone.fingerprint, self.model.dtype, ROOM, memory=memory)
 
     def on_device(self, modules):
-        """All tenants loaded in host memory, then every class moved at once."""
-        tenants = [module and self.load(module) for module in modules]
-        for arena_class in {c for tenant in tenants if tenant for c, _ in tenant.slots}:
-            used = arena_class._untouched
-            for part in ("values", "columns", "row_starts"):
-                memory = getattr(arena_class, part)
-                setattr(arena_class, part, None if memory is None else memory[:used].to(self.model.device))
-            arena_class.at = arena_class._views()
-        return [tenant and replace(tenant, head=_moved(tenant.head, self.model.device)) for tenant in tenants]
+        """Each tenant loaded into host memory, then moved as the runtime moves it."""
+        return [module and self._moved(self.load(module)) for module in modules]
 
-
-def _moved(head, device):
-    layers = (
-        replace(layer, weight=layer.weight.to(device), bias=None if layer.bias is None else layer.bias.to(device))
-        for layer in head.layers
-    )
-    return replace(head, layers=tuple(layers))
+    def _moved(self, tenant):
+        reservation = self.device_arena.reserve(tenant.header, tenant.digest)
+        for _, into, out_of in module_pieces(tenant, reservation):
+            into.copy_(out_of)
+        return tenant.moved(reservation)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
