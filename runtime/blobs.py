@@ -11,14 +11,15 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Set
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO
 
 from vbert.errors import CorruptFile
 
 __all__ = ["BlobFolder", "digest_of", "fsync_folder", "make_private_folder"]
 
+_FLUSHED_AT_ONCE = 4
 _BLOB_NAME = re.compile(r"([0-9a-f]{64})\.safetensors")
 
 
@@ -67,11 +68,10 @@ class BlobFolder:
             make_private_folder(folder)
         with ExitStack() as unfinished:
             missing = [digest for digest in contents if not self._is_intact(digest)]
-            files = {digest: self._incoming_file(contents[digest], unfinished) for digest in missing}
-            for _, file in files.values():  # after all were written: the first flush takes much of the others along
-                file.flush()
-                os.fsync(file.fileno())
-            for digest, (name, _) in files.items():
+            names = [self._new_file(unfinished) for _ in missing]
+            with ThreadPoolExecutor(_FLUSHED_AT_ONCE) as pool:  # a disk flushes several files in the time of two
+                list(pool.map(_write_through, names, (contents[digest] for digest in missing)))
+            for digest, name in zip(missing, names, strict=True):
                 os.rename(name, paths[digest])
         for folder in folders:  # also of files that were kept: who wrote them may have been killed before this
             fsync_folder(folder)
@@ -111,10 +111,16 @@ class BlobFolder:
         except FileNotFoundError:
             return False
 
-    def _incoming_file(self, data: bytes, unfinished: ExitStack) -> tuple[str, IO[bytes]]:
-        """A new file with the data, not flushed; closed, and deleted where it was not renamed, by `unfinished`."""
+    def _new_file(self, unfinished: ExitStack) -> str:
+        """Name of an empty file; `unfinished` deletes it where it was not renamed."""
         descriptor, name = tempfile.mkstemp(suffix=".part", dir=self._incoming)  # mkstemp makes it 0600
+        os.close(descriptor)
         unfinished.callback(Path(name).unlink, missing_ok=True)
-        file = unfinished.enter_context(os.fdopen(descriptor, "wb"))
+        return name
+
+
+def _write_through(name: str, data: bytes) -> None:
+    with open(name, "wb") as file:
         file.write(data)
-        return name, file
+        file.flush()
+        os.fsync(file.fileno())
