@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             registered = _in_a_process_of_its_own(register, cell)
             rows.append(registered)
             bar.advance(task)
-            for budget, room in _rooms(args.budgets, registered["module_bytes"]):
+            for budget, room in _rooms(args.budgets, tenants, registered["module_bytes"]):
                 bar.update(task, description=f"{shape} {kind} x{tenants}: {budget} in memory")
                 rows += _in_a_process_of_its_own(serve, replace(cell, budget=budget, budget_bytes=room))
                 bar.advance(task)
@@ -115,10 +115,11 @@ def _backbone(args: argparse.Namespace, shape: str, scratch: Path) -> Path:
     return Path(args.backbone)
 
 
-def _rooms(shares: Sequence[float], module_bytes: int) -> list[tuple[float | str, int]]:
-    """Budgets as shares of all modules that leave half of the machine's memory free, and one of a fixed size."""
+def _rooms(shares: Sequence[float], tenants: int, module_bytes: int) -> list[tuple[float | str, int]]:
+    """Budgets as shares of all modules, at least one, that leave half of the machine's memory free; and a fixed one."""
     limit = describe()["memory_gib"] * 2**30 / 2
-    sized = [(share, int(module_bytes * share)) for share in shares if module_bytes * share <= limit]
+    fit = (share for share in shares if share * tenants >= 1 and module_bytes * share <= limit)
+    sized: list[tuple[float | str, int]] = [(share, int(module_bytes * share)) for share in fit]
     return [*sized, (f"{_FIXED_MIB} MiB", _FIXED_MIB * 2**20)]
 
 
