@@ -13,7 +13,7 @@ import itertools
 import multiprocessing
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from vbert.errors import ConfigError
 
 __all__ = ["main"]
 
-_FIXED_MIB = 64
+_FIXED_MIB = 16
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             registered = _in_a_process_of_its_own(register, cell)
             rows.append(registered)
             bar.advance(task)
-            for budget, room in _rooms(args.budgets, tenants, registered["module_bytes"]):
+            for budget, room in _rooms(args.budgets, registered):
                 bar.update(task, description=f"{shape} {kind} x{tenants}: {budget} in memory")
                 rows += _in_a_process_of_its_own(serve, replace(cell, budget=budget, budget_bytes=room))
                 bar.advance(task)
@@ -115,11 +115,13 @@ def _backbone(args: argparse.Namespace, shape: str, scratch: Path) -> Path:
     return Path(args.backbone)
 
 
-def _rooms(shares: Sequence[float], tenants: int, module_bytes: int) -> list[tuple[float | str, int]]:
-    """Budgets as shares of all modules, at least one, that leave half of the machine's memory free; and a fixed one."""
+def _rooms(shares: Sequence[float], registered: Mapping[str, Any]) -> list[tuple[float | str, int]]:
+    """Budgets as shares of all modules that hold any of them and leave half of the machine's memory free; and one of a
+    fixed size, which is full with a hundred tenants."""
     limit = describe()["memory_gib"] * 2**30 / 2
-    fit = (share for share in shares if share * tenants >= 1 and module_bytes * share <= limit)
-    sized: list[tuple[float | str, int]] = [(share, int(module_bytes * share)) for share in fit]
+    sizes = {share: int(registered["module_bytes"] * share) for share in shares}
+    fit = {share: size for share, size in sizes.items() if registered["largest_module_bytes"] <= size <= limit}
+    sized: list[tuple[float | str, int]] = list(fit.items())
     return [*sized, (f"{_FIXED_MIB} MiB", _FIXED_MIB * 2**20)]
 
 

@@ -74,7 +74,8 @@ def register(cell: Cell) -> dict[str, Any]:
 
 async def _add_all(cell: Cell, plain: Path) -> dict[str, Any]:
     add_s = write_s = 0.0
-    num_bytes = module_bytes = 0
+    num_bytes = 0
+    sizes: list[int] = []
     backbone = read_backbone(cell.backbone)
     arena = Arena(backbone.config, backbone.fingerprint, resolve_dtype("auto"), 0)
     async with Engine(EngineConfig(backbone=cell.backbone, store=cell.store, compute_threads=cell.threads)) as engine:
@@ -88,13 +89,14 @@ async def _add_all(cell: Cell, plain: Path) -> dict[str, Any]:
                 _write(plain / tenant, data)
             write_s += time.perf_counter() - begin
             num_bytes += sum(len(data) for _, data in chunk)
-            module_bytes += sum(arena.num_bytes(parse_header(data)) for _, data in chunk)
+            sizes += [arena.num_bytes(parse_header(data)) for _, data in chunk]
     return _case(cell) | {
         "system": "registration",
         "seconds": round(add_s, 3),
         "plain_write_s": round(write_s, 3),
         "bytes": num_bytes,
-        "module_bytes": module_bytes,
+        "module_bytes": sum(sizes),
+        "largest_module_bytes": max(sizes),
         "tenants_per_s": round(cell.tenants / add_s, 1),
     }
 
