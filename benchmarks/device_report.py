@@ -1,4 +1,4 @@
-"""`python -m benchmarks.device_report FOLDER`: what benchmarks/device_suite.sh left in a folder, as one suite.json.
+"""`python -m benchmarks.device_report FOLDER OUT`: what benchmarks/device_suite.sh left in a folder, as OUT/suite.json.
 
 Exit code 1 when a step failed or a test did.
 """
@@ -35,11 +35,11 @@ def report(folder: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    folder = Path(sys.argv[1])
+    folder, out = map(Path, sys.argv[1:])
     result = report(folder)
-    (folder / "suite.json").write_text(json.dumps(result, indent=1) + "\n")
+    (out / "suite.json").write_text(json.dumps(result, indent=1) + "\n")
     failed = [step["step"] for step in result["steps"] if step.get("exit_code")]
-    print(f"{folder / 'suite.json'}: {'all steps passed' if not failed else 'failed: ' + ', '.join(failed)}")
+    print(f"{out / 'suite.json'}: {'all steps passed' if not failed else 'failed: ' + ', '.join(failed)}")
     return 1 if failed else 0
 
 

@@ -3,16 +3,18 @@
 #
 # Runs from a bare checkout with the python3 there (torch with CUDA, cupy, transformers, pytest), installs nothing and
 # needs no network. VBERT_MODEL may name a real MiniLM folder. Writes $OUT (else benchmarks/results/device) suite.json
-# with device, commit, versions and every step's outcome, and the log of each step. Exit code 1 when a step failed.
+# with device, commit, versions and every step's outcome, and logs.tar.gz. Exit code 1 when a step failed.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 quick=()
 [ "${1:-}" = "--quick" ] && quick=(--quick)
 out=${OUT:-benchmarks/results/device}
 mkdir -p "$out" || exit 1
+work=$(mktemp -d) || exit 1
+trap 'rm -rf "$work"' EXIT
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 python=${PYTHON:-python3}
-steps="$out/steps.jsonl"
+steps="$work/steps.jsonl"
 : >"$steps"
 
 # step NAME SECONDS COMMAND...: what it prints goes to NAME.log; the outcome is one line of steps.jsonl.
@@ -20,25 +22,27 @@ step() {
     local name=$1 limit=$2 begin=$SECONDS code
     shift 2
     echo "== $name"
-    timeout "$limit" "$@" >"$out/$name.log" 2>&1
+    timeout "$limit" "$@" >"$work/$name.log" 2>&1
     code=$?
-    tail -n 3 "$out/$name.log" | cut -c1-400
+    tail -n 3 "$work/$name.log" | cut -c1-400
     printf '{"step": "%s", "exit_code": %d, "seconds": %d}\n' "$name" "$code" $((SECONDS - begin)) >>"$steps"
 }
 
 # The checkout's own pytest settings name plug-ins that the machine may lack.
 pytest=("$python" -m pytest -c /dev/null --rootdir=. --confcutdir=. --import-mode=importlib -q -rs -p no:cacheprovider)
 
-step operators 140 "${pytest[@]}" tests/cuda/test_operators.py --junitxml="$out/operators.xml"
-step model 110 "${pytest[@]}" tests/cuda/test_model.py --junitxml="$out/model.xml"
-step device 130 "$python" -m benchmarks.device "${quick[@]}"
+step operators 120 "${pytest[@]}" tests/cuda/test_operators.py --junitxml="$work/operators.xml"
+step model 90 "${pytest[@]}" tests/cuda/test_streams.py tests/cuda/test_model.py --junitxml="$work/model.xml"
+step device 110 "$python" -m benchmarks.device "${quick[@]}"
+step overlap 60 "$python" -m benchmarks.overlap --json --kinds adapter --budgets 0.01 --rounds 3
 # Further benchmarks go here, one step each: what they print as JSON becomes a row of suite.json.
 if command -v compute-sanitizer >/dev/null; then
     # Every tensor in an allocation of its own, so that an access behind its end is seen.
-    step sanitizer 80 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 \
-        "${pytest[@]}" tests/cuda/test_operators.py -k "test_operator and (zipf or empty_segment)"
+    step sanitizer 70 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 \
+        "${pytest[@]}" tests/cuda/test_operators.py::test_operator -k "zipf or empty_segment"
 else
     echo '{"step": "sanitizer", "skipped": "compute-sanitizer is not on PATH"}' >>"$steps"
 fi
 
-"$python" -m benchmarks.device_report "$out"
+tar -czf "$out/logs.tar.gz" -C "$work" .
+"$python" -m benchmarks.device_report "$work" "$out"

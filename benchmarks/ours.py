@@ -21,6 +21,7 @@ from vbert.checkpoint import write_tenant
 from vbert.formats import read_tenant
 from vbert.formats.transformers_folder import Backbone
 from vbert.header import parse_header
+from vbert.memory import Memory
 from vbert.model import Model, SequenceInput
 from vbert.tenant import SelfTest, TenantModule
 
@@ -87,9 +88,16 @@ class InEngine:
         return torch.stack([torch.from_numpy(result.embeddings[0]) for result in results])
 
 
-def load(model: Model, backbone: Backbone, modules: Sequence[TenantModule], folder: Path) -> list[ResidentTenant]:
-    """All modules in memory, by way of their native files as the runtime loads them."""
-    arena = Arena(backbone.config, backbone.fingerprint, model.dtype, _ARENA_BYTES)
+def load(
+    model: Model,
+    backbone: Backbone,
+    modules: Sequence[TenantModule],
+    folder: Path,
+    *,
+    memory: Memory | None = None,
+) -> list[ResidentTenant]:
+    """All modules in memory, by way of their native files as the runtime loads them. memory: default address space."""
+    arena = Arena(backbone.config, backbone.fingerprint, model.dtype, _ARENA_BYTES, memory=memory)
     resident = []
     for module in modules:
         data = write_tenant(module)

@@ -13,17 +13,16 @@ import itertools
 import json
 import tempfile
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from benchmarks.machine import Neighbours, commit, describe
@@ -38,9 +37,11 @@ from runtime.threads import ThreadChoice
 from runtime.trace import LANES, Trace
 from runtime.uploads import Arrival, Uploads, module_pieces
 from tests.tolerances import assert_answer
+from training.progress import Progress, progress_bar
 from vbert.arena import Arena, ResidentTenant, slot_bytes
 from vbert.errors import ConfigError
 from vbert.formats.transformers_folder import Backbone, read_backbone
+from vbert.memory import Slabs
 from vbert.model import Model, SequenceInput
 from vbert.rows import MappedRows, publish_rows
 
@@ -50,6 +51,7 @@ KINDS = {"lora": random_loras, "adapter": random_adapters}
 CASES = {"none": (False, False), "look-up": (True, False), "upload": (False, True), "both": (True, True)}
 ZIPF_EXPONENT = 1.1
 DISTINCT_MODULES = 64
+_MOST_PINNED = 8 * 2**20  # bytes of one module
 _DEPTH = 2  # batches in flight with the lanes on
 _WARMUP = 2  # rounds that are not timed
 
@@ -60,6 +62,7 @@ class Work:
     module t modulo the number of modules, but slots and uploads of its own."""
 
     backbone: Backbone
+    kind: str
     modules: Sequence[ResidentTenant]  # in host memory
     token_ids: Sequence[Sequence[int]]
     tenants: Sequence[Sequence[int]]
@@ -107,7 +110,8 @@ class System:
         layout = next(iter(work.modules[0].header.layouts.values()))
         num_slots = num_slots if upload else len(everyone)
         room = num_slots * slot_bytes(layout, model.dtype)
-        self._arena = Arena(work.backbone.config, work.backbone.fingerprint, model.dtype, room)
+        memory = Slabs(self._device.empty(room + room // 4 + 2**22)) if model.device.type == "cuda" else None
+        self._arena = Arena(work.backbone.config, work.backbone.fingerprint, model.dtype, room, memory=memory)
         self._resident: OrderedDict[int, ResidentTenant] = OrderedDict()  # least recently used first
         self._arrivals: dict[str, Arrival] = {}
         self._in_flight: deque[tuple[set[int], Future[Computed]]] = deque()
@@ -167,7 +171,7 @@ class System:
             self._evict(keep or set())
         pieces = module_pieces(module, reservation)
         self._arrivals[str(tenant)] = self._uploads.start(pieces, str(tenant))
-        self._resident[tenant] = replace(module, reservation=reservation)
+        self._resident[tenant] = module.moved(reservation, self._arena.device)
         self.num_uploads += 1
         self.upload_bytes += sum(src.nbytes for _, _, src in pieces)
 
@@ -190,19 +194,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     with (
         tempfile.TemporaryDirectory(dir=args.scratch) as scratch,
-        Progress(console=Console(stderr=True), transient=True) as bar,
+        progress_bar() as progress,
     ):
-        task = bar.add_task(
-            "overlap", total=len(args.shapes) * len(args.kinds) * len(args.budgets) * (args.rounds + _WARMUP)
-        )
+        total = len(args.shapes) * len(args.kinds) * len(args.budgets) * (args.rounds + _WARMUP)
+        done = itertools.count(1)
         for shape in args.shapes:
             backbone = read_backbone(write_backbone(shape, Path(scratch) / shape, seed=0))
             for kind, budget in itertools.product(args.kinds, args.budgets):
-                bar.update(task, description=f"{shape} {kind}, room for {budget:.0%}")
+                tick = partial(_tell, progress, f"overlap: {shape} {kind}, room for {budget:.0%}", done, total)
                 work = _work(args, backbone, kind, Path(scratch))
                 rows += [
                     {"shape": shape, "kind": kind, "tenants": args.tenants, "budget": budget} | row
-                    for row in _measure(args, work, budget, Path(scratch), lambda: bar.advance(task))
+                    for row in _measure(args, work, budget, Path(scratch), tick)
                 ]
     result = {
         "benchmark": "overlap",
@@ -212,6 +215,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "rows": rows,
     }
     publish(result, args)
+
+
+def _tell(progress: Progress, what: str, done: Iterator[int], total: int) -> None:
+    progress(what, next(done), total)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -244,7 +251,11 @@ def _work(args: argparse.Namespace, backbone: Backbone, kind: str, scratch: Path
     if not table.exists():
         publish_rows(table, backbone.weights["word_embeddings"].to(model.dtype), backbone.fingerprint)
     words = MappedRows(table, backbone.fingerprint)
-    return Work(backbone, load(model, backbone, modules, scratch), requests.token_ids, drawn.tolist(), words)
+    pinned = None
+    if model.device.type == "cuda":
+        pinned = Slabs(open_device(model.device, MonotonicClock()).pinned(DISTINCT_MODULES * _MOST_PINNED))
+    sources = load(model, backbone, modules, scratch, memory=pinned)
+    return Work(backbone, kind, sources, requests.token_ids, drawn.tolist(), words)
 
 
 def _measure(args: argparse.Namespace, work: Work, budget: float, scratch: Path, tick: Any) -> list[dict[str, Any]]:
@@ -257,7 +268,7 @@ def _measure(args: argparse.Namespace, work: Work, budget: float, scratch: Path,
             )
             for case, lanes in settings
         }
-        _check(args, work, systems.values())
+        _check(work, systems.values())
         before = {name: (system.num_uploads, system.upload_bytes, system.seconds()) for name, system in systems.items()}
         rounds = interleave(systems, rounds=args.rounds, warmup=_WARMUP, tick=tick)
         rows = []
@@ -279,14 +290,17 @@ def _measure(args: argparse.Namespace, work: Work, budget: float, scratch: Path,
     return rows
 
 
-def _check(args: argparse.Namespace, work: Work, systems: Iterable[System]) -> None:
-    """The first batch of every system has the answers of the plain forward on the CPU."""
-    model = Model.load(work.backbone, args.dtype, "cpu")
-    plain = work.sequences(0, {t: work.module(t) for t in work.tenants[0]})
+def _check(work: Work, systems: Iterable[System]) -> None:
+    """The first batch of every system has the answers of the plain forward on the CPU, in float32."""
+    model = Model.load(work.backbone, "float32", "cpu")
+    modules = KINDS[work.kind](work.backbone, len(work.modules), seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        exact = load(model, work.backbone, modules, Path(folder))
+    plain = work.sequences(0, {t: exact[t % len(exact)] for t in work.tenants[0]})
     expected = model.forward(model.pack(plain))
     for system in systems:
         for answer, want in zip(system.first, expected, strict=True):
-            assert_answer(answer, want, model.dtype)
+            assert_answer(answer, want, work.words.dtype)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ class EngineConfig:
     word_rows: str = option(
         "memory", "memory, or mapped: word embeddings stay in a file of the store and take no device memory"
     )
+    cuda_graphs: str = option("off", "on or off: on a GPU, replay CUDA graphs of batches that come often")
     trace: str = option("", "write a Chrome trace of the lanes to this file")
     profile: str = option(
         "", "file of `vbert profile`, or a folder that has it or gets it at start; vbert serve: the user's cache folder"
@@ -72,6 +73,8 @@ class EngineConfig:
         residency_policy(self.residency)
         if self.lanes != ("none",) and (not self.lanes or set(self.lanes) - {"rows", "modules", "compute"}):
             raise ConfigError(f"lanes is {','.join(self.lanes)!r}; give some of rows, modules and compute, or none")
+        if self.cuda_graphs not in ("on", "off"):
+            raise ConfigError(f"cuda_graphs is {self.cuda_graphs!r}; use on or off")
         if self.word_rows not in ("memory", "mapped"):
             raise ConfigError(f"word_rows is {self.word_rows!r}; use memory or mapped")
         if not 0 < self.max_caller_share <= 1:

@@ -27,6 +27,7 @@ from runtime.scheduler import BatchPolicy
 from runtime.selftest import SelfTester
 from runtime.tenants import Tenants
 from runtime.threads import ThreadChoice
+from runtime.through_host import ThroughHost
 from runtime.throughput import Throughput
 from runtime.uploads import Uploads
 from runtime.wait_policy import log_collapse
@@ -56,8 +57,8 @@ class Core:
         self.metrics = metrics = Metrics()
         threads = ThreadChoice.of_lane(config.compute_threads, usable_cores(), log_collapse)
         throughput = Throughput(parts.cost.forward_s if parts.cost else None)
-        self.uploads = Uploads(parts.device, overlapped="modules" in config.lanes, trace=parts.trace)
-        forwards = Forwards(
+        self.through = self._through_host(spawn)
+        self._forwards = Forwards(
             parts.model,
             parts.device,
             lanes.compute,
@@ -67,11 +68,11 @@ class Core:
             results=lanes.results,
             overlapped="compute" in config.lanes,
             source=parts.words,
-            arriving=lambda tenant: self.manager.arriving(tenant),
+            arriving=lambda tenant: self.through.arriving(tenant) if self.through else None,
             trace=parts.trace,
         )
         pressure = MemoryPressure(config.max_batch_tokens, clock)
-        self.pipeline = Pipeline(forwards, pressure, clock, metrics, throughput)
+        self.pipeline = Pipeline(self._forwards, pressure, clock, metrics, throughput)
         self.dispatcher = Dispatcher(
             config=config,
             tokenizer=parts.tokenizer,
@@ -92,7 +93,6 @@ class Core:
             lane=lanes.loader,
             replay=self.pipeline.replay,
         )
-        host = self._host_tier()
         self.manager = Manager(
             arena=parts.arena,
             budget_bytes=config.module_budget_bytes,
@@ -105,9 +105,8 @@ class Core:
             clock=clock,
             metrics=metrics,
             policy=residency_policy(config.residency),
-            host=host,
-            uploads=self.uploads,
-            load_cost=parts.cost.upload_s if parts.cost and host is not None else self._load_cost(),
+            through=self.through,
+            load_cost=parts.cost.upload_s if parts.cost and self.through else self._load_cost(),
         )
         self.loop = ServingLoop(
             policy=policy,
@@ -132,17 +131,21 @@ class Core:
             registrar=Registrar(parts.store, lanes.store),
         )
 
-    def _host_tier(self) -> HostTier | None:
-        if self.parts.host_arena is None:
+    def _through_host(self, spawn: Callable[[Coroutine[Any, Any, None]], object]) -> ThroughHost | None:
+        """The way to a device; None where modules are read straight into the slots that forwards use."""
+        parts, lane = self.parts, self.lanes.loader
+        if parts.host_arena is None:
             return None
-        return HostTier(
-            arena=self.parts.host_arena,
-            budget_bytes=host_budget_bytes(self.config, self.parts.model.device),
+        uploads = Uploads(parts.device, overlapped="modules" in self.config.lanes, trace=parts.trace)
+        host = HostTier(
+            arena=parts.host_arena,
+            budget_bytes=host_budget_bytes(self.config, parts.model.device),
             files=self.parts.store.blob_path,
             lane=self.lanes.loader,
             policy=residency_policy(self.config.residency),
             load_cost=self._load_cost(),
         )
+        return ThroughHost(host=host, uploads=uploads, device=parts.model.device, lane=lane, spawn=spawn)
 
     def _load_cost(self) -> Callable[[int], float]:
         """Seconds from the disk into host memory by bytes."""
@@ -181,6 +184,8 @@ class Core:
             except (VbertError, OSError) as error:
                 _log.warning("the pinned tenant %s is not held: %s", tenant, error)
                 continue
+            if digest in held:
+                continue
             if sum(held.values()) + num_bytes > self.config.module_budget_bytes // 2:
                 _log.error("pinned tenants from %s on take more than half of module_budget_bytes; raise it", tenant)
                 break
@@ -190,7 +195,7 @@ class Core:
 
     async def collect_garbage(self) -> None:
         try:
-            unused = await self.tenants.collect(lambda: self.dispatcher.live.keys() | self.manager.loading)
+            unused = await self.tenants.collect(lambda: self.dispatcher.live.keys() | set(self.manager.reading))
         except (VbertError, OSError) as error:  # the disk, or another process that writes: the next round tries again
             _log.warning("the files of removed tenants could not be deleted: %s", error)
             return
@@ -201,6 +206,7 @@ class Core:
         queue, manager, pipeline = self.dispatcher.queue, self.manager, self.pipeline
         return self.metrics.snapshot(
             resident_bytes=manager.bytes_by_kind,
+            memory_bytes=self._memory_bytes(),
             resident_modules=len(manager.resident),
             module_budget_bytes=self.config.module_budget_bytes,
             loading_modules=len(manager.loading),
@@ -209,6 +215,18 @@ class Core:
             in_flight_batches=pipeline.in_flight,
             tokens_per_s=pipeline.tokens_per_s(self.config.max_batch_tokens),
         )
+
+    def _memory_bytes(self) -> dict[str, int]:
+        """What holds memory. rows: a mapped file, whose pages the system keeps and drops."""
+        model, words, through = self.parts.model, self.parts.words, self.through
+        return {
+            "backbone": model.encoder.num_bytes,
+            "modules": self.manager.bytes_by_kind.total(),
+            "host_modules": 0 if through is None else through.host.num_bytes,
+            "rows": 0 if words is None else words.table.nbytes,
+            "activations": model.activation_bytes,
+            "staging": self._forwards.staging_bytes,
+        }
 
     async def _ask_canary(self) -> None:
         """Through the queue and the compute lane like any request; the numbers must be those of the dense reference."""

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from runtime import answers
 from runtime.clock import Clock, MonotonicClock
@@ -233,7 +233,13 @@ class Engine:
             raise
         started: asyncio.Future[Core] = loop.create_future()
         self._main = asyncio.create_task(self._run(parts, lanes, started), name="vbert-engine")
-        self._core = core = await started
+        either: list[asyncio.Future[Any]] = [started, self._main]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not started.done():
+            lanes.close()
+            await asyncio.to_thread(parts.close)
+            self._main.result()  # raises what went wrong
+        self._core = core = started.result()
         self._main.add_done_callback(self._ended)
         try:
             await core.prove()

@@ -119,7 +119,12 @@ class Forwards:
         self._arriving, self._trace = arriving, trace
         self.ring = Ring(device, _IN_RING)
         self._ahead = Preparer(model, source, self.ring, device.stream("rows"))
-        self._inline = Preparer(model, source, Ring(device, 1), device.compute)
+        self._own_ring = Ring(device, 1)
+        self._inline = Preparer(model, source, self._own_ring, device.compute)
+
+    @property
+    def staging_bytes(self) -> int:
+        return self.ring.num_bytes + self._own_ring.num_bytes
 
     def submit(self, launch: Launch) -> Future[Computed]:
         """Compute a batch after those submitted before it. Only a bug of ours makes the future raise."""
@@ -325,7 +330,10 @@ def _failed(error: Exception, num_sequences: int) -> bool:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    says = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # torch's CPU allocator, and cuBLAS
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in says)
 
 
 def _check_owned(tenants: Iterable[ResidentTenant]) -> None:

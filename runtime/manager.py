@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from runtime.clock import Clock
-from runtime.errors import ComputeFailed, ModuleTooLarge
-from runtime.host_tier import HostTier
+from runtime.errors import ComputeFailed, Draining, ModuleTooLarge
 from runtime.metrics import Metrics
 from runtime.residency import LfuAgeing, ResidencyPolicy, make_way
-from runtime.uploads import Arrival, Uploads, module_pieces
+from runtime.through_host import ThroughHost
 from vbert.arena import Arena, Reservation, ResidentTenant
 from vbert.errors import CorruptFile, VbertError
 from vbert.header import TenantHeader, read_header
@@ -78,7 +77,7 @@ class _Entry:
 class Manager:
     """files: path of a digest's native file. self_tester: runtime/selftest.py.
     spawn: starts a task. wake: called after every change that may let something run. load_cost: seconds to bring in a
-    module of so many bytes, for the policy. host, uploads: where modules come through host memory to a device."""
+    module of so many bytes, for the policy. through: where they come to a device."""
 
     arena: Arena
     budget_bytes: int
@@ -90,8 +89,7 @@ class Manager:
     wake: Callable[[], None]
     clock: Clock
     metrics: Metrics
-    host: HostTier | None = None
-    uploads: Uploads | None = None
+    through: ThroughHost | None = None
     policy: ResidencyPolicy = field(default_factory=LfuAgeing)
     load_cost: Callable[[int], float] = typical_load_s
 
@@ -99,7 +97,6 @@ class Manager:
         self._resident: dict[str, _Entry] = {}
         self._held: Mapping[str, int] = {}
         self._loading: dict[str, asyncio.Future[None]] = {}  # done when the load ended, well or not
-        self._arriving: dict[str, Arrival] = {}
         self._hinted: set[str] = set()  # those of them that no request asked for
         self._hints = asyncio.Semaphore(_HINTS_AT_ONCE)
         self._bytes: Counter[str] = Counter()
@@ -113,20 +110,21 @@ class Manager:
     @property
     def loading(self) -> Collection[str]:
         """Modules on their way for requests, in the order they were asked for."""
-        return self._loading.keys() - self._hinted if self._hinted else self._loading.keys()
+        return [digest for digest in self._loading if digest not in self._hinted]
+
+    @property
+    def reading(self) -> Collection[str]:
+        """Modules whose files are being read, for whomever."""
+        return self._loading.keys()
 
     @property
     def resident(self) -> Collection[str]:
         return self._resident.keys()
 
     @property
-    def bytes_by_kind(self) -> Mapping[str, int]:
+    def bytes_by_kind(self) -> Counter[str]:
         """Bytes of every module in memory or on its way, by kind. Their sum never exceeds the budget."""
         return self._bytes
-
-    def arriving(self, tenant: ResidentTenant) -> Arrival | None:
-        """The upload that brings a module, while it runs. The compute thread asks, too."""
-        return self._arriving.get(tenant.digest)
 
     def is_ready(self, digest: str) -> bool:
         """Whether the module is in memory; "" is the backbone itself. Raises the error of a load that just failed."""
@@ -174,22 +172,22 @@ class Manager:
 
     def refuse(self, digest: str, error: VbertError) -> None:
         """The self-tests of a module failed, or its upload: whoever waits for it gets the error, and it goes."""
-        if not self._resident[digest].leaving:
-            self._resident[digest].leaving = True
-            self.listener.left(digest)
-        if not self._resident[digest].pins:
-            self._evict(digest)
+        self._let_go(digest)
         self.metrics.loads[error.code] += 1
         self._remember(digest, error)
         self.listener.failed(digest, error)
+        self.recheck()
+        self.wake()
 
     def load(self, digest: str) -> None:
         """Begin to bring a module in, unless it is here, or on its way in or out."""
-        if digest not in self._resident and digest not in self._loading:
+        if digest and digest not in self._resident and digest not in self._loading:
             self._begin(digest, patient=True)
 
     async def prefetch(self, digest: str) -> bool:
         """Bring a module in if there is free room, for requests that may come; evicts nothing. Whether it is here."""
+        if not digest:
+            return True
         async with self._hints:
             if digest not in self._resident and digest not in self._loading:
                 self._hinted.add(digest)
@@ -218,8 +216,15 @@ class Manager:
     # ---- loading ---------------------------------------------------------------------------------------------------
 
     def _begin(self, digest: str, *, patient: bool) -> None:
+        load = self._load(digest, patient)
         self._loading[digest] = asyncio.get_running_loop().create_future()
-        self.spawn(self._load(digest, patient))
+        try:
+            self.spawn(load)
+        except RuntimeError as error:  # the engine's tasks are being cancelled
+            load.close()
+            del self._loading[digest]
+            self._hinted.discard(digest)
+            raise Draining("the server is stopping and loads no modules; ask another one") from error
 
     async def _load(self, digest: str, patient: bool) -> None:
         started_s, outcome = self.clock.now_s(), "ok"
@@ -251,19 +256,20 @@ class Manager:
     async def _bring_in(self, digest: str, patient: bool) -> tuple[ResidentTenant, tuple[SelfTest, ...]]:
         """The module, and the self-tests to run with the requests that wait for it: none if they held before."""
         run, path = asyncio.get_running_loop().run_in_executor, self.files(digest)
-        known = None if self.host is None else self.host.header(digest)
+        host = None if self.through is None else self.through.host
+        known = None if host is None else host.header(digest)
         header = await run(self.lane, read_header, path) if known is None else known
-        source = None if self.host is None else await self.host.take(digest, header)
+        source = None if host is None else await host.take(digest, header)
         try:
             reservation = await self._reserve(header, digest) if patient else self._reserve_free(header, digest)
         except BaseException:
             self._leave_host(digest)
             raise
         try:
-            if source is None:
+            if source is None or self.through is None:
                 tenant = await run(self.lane, self.arena.fill, reservation, path)
             else:
-                tenant = await self._upload(source, reservation)
+                tenant = await self.through.upload(source, reservation, self._upload_failed)
             tests = () if digest in self._verified else await self.self_tester.tests(tenant)
             if tests and not patient:
                 await self.self_tester.verify(tenant, tests)
@@ -274,35 +280,13 @@ class Manager:
             raise
         return replace(tenant, self_tests=()), tests  # needed once; not worth memory
 
-    async def _upload(self, source: ResidentTenant, reservation: Reservation) -> ResidentTenant:
-        """From host memory into the slots. It returns at once: a batch waits for each layer when it comes to it."""
-        assert self.uploads is not None
-        pieces, name = module_pieces(source, reservation), reservation.digest[:12]
-        start = asyncio.get_running_loop().run_in_executor(self.lane, self.uploads.start, pieces, name)
-        try:
-            arrival = await start
-        except BaseException:
-            self._leave_host(reservation.digest)
-            raise
-        self._arriving[reservation.digest] = arrival
-        self.spawn(self._arrived(reservation.digest, arrival))
-        return source.moved(reservation)
-
-    async def _arrived(self, digest: str, arrival: Arrival) -> None:
-        """Let the host's copy go when it was read, or the module where its upload failed."""
-        try:
-            await asyncio.get_running_loop().run_in_executor(self.lane, arrival.synchronize)
-        except Exception as error:
-            if digest in self._resident and self._arriving.get(digest) is arrival:
-                self.refuse(digest, _explained(error, digest))
-        finally:
-            if self._arriving.get(digest) is arrival:  # else it left meanwhile, and comes again
-                del self._arriving[digest]
-            self._leave_host(digest)
+    def _upload_failed(self, digest: str, error: Exception) -> None:
+        if digest in self._resident:
+            self.refuse(digest, _explained(error, digest))
 
     def _leave_host(self, digest: str) -> None:
-        if self.host is not None:
-            self.host.leave(digest)
+        if self.through is not None:
+            self.through.host.leave(digest)
 
     def _reserve_free(self, header: TenantHeader, digest: str) -> Reservation:
         fits = not self._room.locked() and self._missing(self.arena.num_bytes(header)) <= 0
@@ -332,9 +316,9 @@ class Manager:
                         return reservation
                     if self._make_way(header):
                         continue
-                self._retire(need_bytes)
-                self._changed.clear()
-                await self._changed.wait()
+                if not self._retire(need_bytes, header):
+                    self._changed.clear()
+                    await self._changed.wait()
 
     def _make_room(self, need_bytes: int) -> bool:
         """Evict what nobody uses until so many bytes are free; nothing when that is not enough."""
@@ -345,32 +329,44 @@ class Manager:
 
     def _make_way(self, header: TenantHeader) -> bool:
         """There are bytes enough, but no slot of the right size."""
-        rivals = make_way(self.policy, *self.arena.rivals(header), self._must_stay)
+        rivals = make_way(self.policy, *self.arena.rivals(header), self._is_pinned)
         for digest in rivals or ():
             self._evict(digest)
         return bool(rivals)
 
-    def _must_stay(self, digest: str) -> bool:
-        return digest not in self._resident or self._is_pinned(digest)
+    def _retire(self, need_bytes: int, header: TenantHeader) -> bool:
+        """Choose again among the modules in use, and let go of those chosen. Whether one of them went at once."""
+        if (missing := self._missing(need_bytes)) > 0:
+            victims = self.policy.victims(missing, self._is_awaited)
+        else:
+            victims = make_way(self.policy, *self.arena.rivals(header), self._is_awaited)
+        return any([self._let_go(digest) for digest in victims or ()])
 
-    def _retire(self, need_bytes: int) -> None:
-        """Choose again among the modules in use; those chosen take part in no new batch and go when theirs end."""
-        for digest in self.policy.victims(self._missing(need_bytes), self._is_awaited) or ():
-            self._resident[digest].leaving = True
+    def _let_go(self, digest: str) -> bool:
+        """The module takes part in no new batch, and goes with the last one that uses it. Whether it went now."""
+        entry = self._resident[digest]
+        if not entry.pins:
+            self._evict(digest)
+        elif not entry.leaving:
+            entry.leaving = True
             self.listener.left(digest)
+        return not entry.pins
 
     def _missing(self, need_bytes: int) -> int:
         return need_bytes - (self.budget_bytes - self._bytes.total())
 
     def _is_awaited(self, digest: str) -> bool:
-        """Loaded for requests that have not run yet, or held."""
-        return digest in self._held or (not self._resident[digest].ran and self.listener.waits_for(digest))
+        """Loaded for requests that have not run yet, or on its way, or held."""
+        entry = self._resident.get(digest)
+        return entry is None or digest in self._held or (not entry.ran and self.listener.waits_for(digest))
 
     def _is_pinned(self, digest: str) -> bool:
-        return self._resident[digest].pins > 0 or self._is_awaited(digest)
+        return self._is_awaited(digest) or self._resident[digest].pins > 0
 
     def _evict(self, digest: str) -> None:
         self._release(self._resident.pop(digest).tenant.reservation)
+        if self.through is not None:
+            self.through.forget(digest)
         self.policy.left(digest)
         self.metrics.evictions += 1
         self.listener.left(digest)

@@ -91,6 +91,7 @@ class MetricsSnapshot:
     evictions: int
     loop_lag: HistogramSnapshot
     resident_bytes: Mapping[str, int]  # gauge, like all below
+    memory_bytes: Mapping[str, int]  # by what holds them: backbone, modules, host_modules, rows, activations, staging
     resident_modules: int
     module_budget_bytes: int
     loading_modules: int
@@ -134,6 +135,7 @@ class Metrics:
         self,
         *,
         resident_bytes: Mapping[str, int],
+        memory_bytes: Mapping[str, int],
         resident_modules: int,
         module_budget_bytes: int,
         loading_modules: int,
@@ -158,6 +160,7 @@ class Metrics:
             evictions=self.evictions,
             loop_lag=self.loop_lag.snapshot(),
             resident_bytes=dict(resident_bytes),
+            memory_bytes=dict(memory_bytes),
             resident_modules=resident_modules,
             module_budget_bytes=module_budget_bytes,
             loading_modules=loading_modules,

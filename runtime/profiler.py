@@ -20,9 +20,11 @@ from runtime.clock import Clock
 from runtime.cost import Conditions, CostModel, Curve, Point
 from runtime.machine import cpu_model, wait_policy
 from runtime.probes import Probes
-from vbert.arena import ResidentTenant
+from runtime.uploads import moved_at_once
+from vbert.arena import Arena, ResidentTenant
 from vbert.config import EncoderConfig
 from vbert.formats.transformers_folder import Backbone
+from vbert.memory import Slabs
 from vbert.model import Model, SequenceInput
 
 __all__ = ["FULL", "QUICK", "Effort", "Profiler", "conditions_here"]
@@ -162,12 +164,20 @@ class Profiler:
         """Three short texts a module, every module another one."""
         probes = Probes(self.backbone, self.model.dtype, scratch)
         paths = [probes.write(_SELF_TEST_RANK, name=str(i)) for i in range(max(self.effort.modules))]
-        tenants = [probes.load(path) for path in paths]
+        tenants = self._on_device([probes.load(path) for path in paths])
         runs = {}
         for modules in self.effort.modules:
             sequences = [s for t in tenants[:modules] for s in self._sequences(_SELF_TESTS, _SELF_TEST_TOKENS, t)]
             runs[modules] = partial(self._forward, sequences)
         return self._curve(runs, self.thread_counts)
+
+    def _on_device(self, tenants: list[ResidentTenant]) -> list[ResidentTenant]:
+        if self.model.device.type == "cpu":
+            return tenants
+        room = 2 * sum(tenant.num_bytes for tenant in tenants) + _UPLOAD_BYTES[-1]
+        memory = Slabs(torch.empty(room, dtype=torch.uint8, device=self.model.device))
+        arena = Arena(self.backbone.config, self.backbone.fingerprint, self.model.dtype, room, memory=memory)
+        return [moved_at_once(tenant, arena) for tenant in tenants]
 
     def _uploads(self) -> Curve:
         """Pinned host memory to the device."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
+from copy import copy
 from functools import partial
 from itertools import repeat
 
-from runtime.errors import Draining
+from runtime.errors import Draining, StoreFull, VersionConflict
 from runtime.store import TenantStore, TenantVersion, Upload
 from vbert.errors import VbertError
 
@@ -66,8 +67,8 @@ class Registrar:
         try:
             return list(self._store.put_many(uploads))
         except VbertError as error:
-            if len(uploads) == 1:
-                return [error]
+            if len(uploads) == 1 or not isinstance(error, VersionConflict | StoreFull):
+                return [error] * len(uploads)
         return [outcome for upload in uploads for outcome in self._commit([upload])]
 
 
@@ -76,6 +77,6 @@ def _answer(answers: Sequence[asyncio.Future[_Stored]], outcomes: Iterable[_Stor
         if answer.done():  # its caller left
             continue
         if isinstance(outcome, BaseException):
-            answer.set_exception(outcome)
+            answer.set_exception(copy(outcome))  # each gets its own: one raised twice collects both tracebacks
         else:
             answer.set_result(outcome)

@@ -100,7 +100,10 @@ class LfuAgeing:
 
     def left(self, digest: str) -> None:
         known = self._resident.pop(digest)
-        self._age = max(self._age, known.due)
+        while self._queue and not self._is_current(self._queue[0]):
+            heapq.heappop(self._queue)
+        # a popular one that is removed by hand must not age all the others
+        self._age = max(self._age, min([known.due, *(due for due, _, _ in self._queue[:1])]))
         known.uses /= 2
         self._gone[digest] = known
         if len(self._gone) > _REMEMBERED:

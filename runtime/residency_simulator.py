@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 
 from runtime.residency import ResidencyPolicy
@@ -32,15 +32,23 @@ def replay(
     num_bytes: Callable[[str], int],
     load_s: Callable[[int], float],
     budget_bytes: int,
+    pinned: Set[str] = frozenset(),
+    prefetched: Iterable[str] = (),
 ) -> Replayed:
-    """One request after the other, each served from memory or after a load. A module above the budget stays out.
+    """One request after the other, each served from memory or after a load. What finds no room stays out.
 
-    num_bytes: of a digest.  load_s: seconds to bring in so many bytes.
+    num_bytes: of a digest.  load_s: seconds to bring in so many bytes.  pinned: stay once they are in memory.
+    prefetched: brought in before the first request, as far as there is room; their loads are not counted.
     """
     resident: dict[str, int] = {}
     free = budget_bytes
     count = hits = loaded = evictions = 0
     seconds = 0.0
+    for digest in prefetched:
+        if (size := num_bytes(digest)) <= free and digest not in resident:
+            resident[digest] = size
+            free -= size
+            policy.arrived(digest, size, load_s(size))
     for digest in requests:
         count += 1
         if digest in resident:
@@ -48,9 +56,10 @@ def replay(
         else:
             size = num_bytes(digest)
             loaded, seconds = loaded + size, seconds + load_s(size)
-            if size > budget_bytes:
+            victims = policy.victims(size - free, pinned.__contains__)
+            if victims is None:
                 continue
-            for victim in policy.victims(size - free, _nobody) or ():
+            for victim in victims:
                 policy.left(victim)
                 free += resident.pop(victim)
                 evictions += 1
@@ -59,7 +68,3 @@ def replay(
             policy.arrived(digest, size, load_s(size))
         policy.used(digest)
     return Replayed(requests=count, hits=hits, loaded_bytes=loaded, load_s=seconds, evictions=evictions)
-
-
-def _nobody(_: str) -> bool:
-    return False

@@ -33,13 +33,19 @@ class Staging:
         self._copied: Event | None = None
         self._consumed: Event | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """Pinned and on the device."""
+        return self._host.nbytes + self._dev.nbytes
+
     def fill(self, source: RowSource, rows: PackedRows, stream: Stream) -> None:
         """Gather the rows of a batch and send them on `stream`. Raises what the source raises."""
         num_rows, num_bytes = len(rows.token_ids), len(rows.token_ids) * source.width * source.dtype.itemsize
         if self._copied is not None:
             self._copied.synchronize()  # the copy before still reads the pinned memory
         if num_bytes > len(self._host):
-            self._host, self._dev = self._device.pinned(num_bytes), self._device.empty(num_bytes)
+            room = num_bytes + num_bytes // 4  # batches that grow little by little do not allocate each time
+            self._host, self._dev = self._device.pinned(room), self._device.empty(room)
         host, self._rows = (
             memory[:num_bytes].view(source.dtype).view(num_rows, source.width) for memory in (self._host, self._dev)
         )
@@ -66,9 +72,14 @@ class Ring:
 
     def __init__(self, device: Device, size: int) -> None:
         self._free: SimpleQueue[Staging] = SimpleQueue()
+        self._all = [Staging(device) for _ in range(size)]
         self.size = size
-        for _ in range(size):
-            self._free.put(Staging(device))
+        for staging in self._all:
+            self._free.put(staging)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(staging.num_bytes for staging in self._all)
 
     @property
     def num_free(self) -> int:

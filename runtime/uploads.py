@@ -12,9 +12,9 @@ from torch import Tensor
 
 from runtime.streams import Device, Event, Stream
 from runtime.trace import Trace
-from vbert.arena import Reservation, ResidentTenant
+from vbert.arena import Arena, Reservation, ResidentTenant
 
-__all__ = ["Arrival", "Piece", "Uploads", "module_pieces"]
+__all__ = ["Arrival", "Piece", "Uploads", "module_pieces", "moved_at_once"]
 
 Piece = tuple[int, Tensor, Tensor]  # layer (-1: embeddings, L: heads), destination, source of the same shape and dtype
 
@@ -33,6 +33,15 @@ def module_pieces(source: ResidentTenant, target: Reservation) -> list[Piece]:
         if into.row_starts is not None and out_of.row_starts is not None:
             pieces.append((layout.entries[0].layer, into.row_starts[i], out_of.row_starts[j]))
     return sorted(pieces, key=itemgetter(0))
+
+
+def moved_at_once(source: ResidentTenant, arena: Arena) -> ResidentTenant:
+    """The tenant in another arena, copied before this returns: for measurements and tests, which have no lanes."""
+    reservation = arena.reserve(source.header, source.digest)
+    assert reservation is not None, "the arena has room"
+    for _, into, out_of in module_pieces(source, reservation):
+        into.copy_(out_of)
+    return source.moved(reservation, arena.device)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -60,7 +60,7 @@ def suit_machine(arguments: Sequence[str]) -> None:
 
     arguments: those of the command line; what is wrong with them is said later, by whoever reads all of them.
     """
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
     add_flags(parser, EngineConfig)
     try:
         known, _ = parser.parse_known_args(arguments)

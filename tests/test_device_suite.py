@@ -32,7 +32,7 @@ def test_the_report_holds_tests_results_and_the_end_of_a_failed_log(folder):
 
 
 def test_a_failed_step_fails_the_suite(folder, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["report", str(folder)])
+    monkeypatch.setattr("sys.argv", ["report", str(folder), str(folder)])
     assert device_report.main() == 1
     assert "failed: operators" in capsys.readouterr().out
     assert json.loads((folder / "suite.json").read_text())["machine"]["python"]

@@ -133,3 +133,33 @@ def test_a_class_without_room_names_who_could_make_way(backbone, tmp_path):
         if reservation.digest in crowds[0] | crowds[-1]:
             arena.release(reservation)
     assert arena.reserve(other, other_digest) is not None
+
+
+def test_a_tenant_of_two_kinds_that_cannot_fit_is_known_before_it_waits(backbone):
+    """Each of its slots would fit alone."""
+    data = write_tenant(Factory(backbone, 0).tenant("lora", "ia3"))
+    header = parse_header(data)
+    one = Arena(backbone.config, backbone.fingerprint, torch.float32, MIB, memory=slabs(MIB // 4))
+    assert not one.can_hold(header)
+    two = Arena(backbone.config, backbone.fingerprint, torch.float32, MIB, memory=slabs(MIB // 2))
+    assert two.can_hold(header)
+    assert two.reserve(header, "digest") is not None
+
+
+def test_a_first_class_leaves_room_for_a_second():
+    memory = slabs(2 * MIB)
+    large, other = (memory.region([(size, torch.float32)]) for size in (60_000, 60_001))
+    assert large.take() is not None
+    assert other.take() is not None
+
+
+@pytest.mark.parametrize("kinds", [(), ("lora",)], ids=["head only", "lora"])
+def test_the_head_moves_with_its_tenant(backbone, tmp_path, kinds):
+    data = write_tenant(Factory(backbone, 0).tenant(*kinds))
+    digest = hashlib.sha256(data).hexdigest()
+    (tmp_path / digest).write_bytes(data)
+    arena = Arena(backbone.config, backbone.fingerprint, torch.float32, MIB)
+    tenant = arena.fill(arena.reserve(parse_header(data), digest), tmp_path / digest)
+    moved = tenant.moved(tenant.reservation, torch.device("meta"))
+    assert {layer.weight.device.type for layer in moved.head.layers} == {"meta"}
+    assert {layer.weight.device.type for layer in tenant.head.layers} == {"cpu"}

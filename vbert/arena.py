@@ -47,9 +47,15 @@ class ArenaClass:
         self.owners: dict[int, str] = {}
 
     @property
-    def capacity(self) -> int:
-        """Slots there is room for when no other class has any; at least this many."""
-        return self._region.capacity
+    def least_bytes(self) -> int:
+        """Of the memory of all classes that this one takes when it has one slot; 0 where memory is each class's own."""
+        return self._region.least_bytes
+
+    def is_full(self) -> bool:
+        slot = self._region.take()
+        if slot is not None:
+            self._region.give_back(slot)
+        return slot is None
 
     def take(self, digest: str) -> int | None:
         """A free slot, now owned by `digest`; None when there is no room for one more."""
@@ -141,9 +147,8 @@ class ResidentTenant:
     def num_bytes(self) -> int:
         return self.reservation.num_bytes
 
-    def moved(self, reservation: Reservation) -> ResidentTenant:
-        """The same tenant with its slots elsewhere, whose numbers come from an upload. The head goes to that device."""
-        device = next((c.values.device for c, _ in reservation.slots), torch.device("cpu"))
+    def moved(self, reservation: Reservation, device: torch.device) -> ResidentTenant:
+        """The same tenant with its slots on a device, whose numbers come from an upload. The head goes there now."""
         layers = tuple(
             replace(d, weight=d.weight.to(device), bias=None if d.bias is None else d.bias.to(device))
             for d in self.head.layers
@@ -171,6 +176,7 @@ class Arena:
         memory: where the slots lie; default: address space of the CPU."""
         self._config, self._fingerprint, self._dtype, self._max_bytes = config, fingerprint, dtype, max_bytes
         self._memory = memory or AddressSpace(max_bytes)
+        self.device = self._memory.device
         self._classes: dict[str, ArenaClass] = {}
         self._idle: dict[tuple[ArenaClass, int], None] = {}  # free slots that still have pages, the longest first
         self._slot_bytes = 0  # of all slots that have an owner or are idle
@@ -202,12 +208,12 @@ class Arena:
 
     def can_hold(self, header: TenantHeader) -> bool:
         """Whether the tenant would find its slots if nobody else had any."""
-        return all(self._class_of(layout).capacity for layout in header.layouts.values())
+        return sum(self._class_of(layout).least_bytes for layout in header.layouts.values()) <= self._memory.num_bytes
 
     def rivals(self, header: TenantHeader) -> tuple[set[str], list[frozenset[str]]]:
         """Who could make way for a slot that `reserve` did not find: any one of the first, who hold slots of the same
         class, or all of one of the others, the smallest first, whose memory another class can have then."""
-        wanted = [c for layout in header.layouts.values() if (c := self._classes.get(_class_key(layout)[0]))]
+        wanted = [c for c in map(self._class_of, header.layouts.values()) if c.is_full()]
         crowds = {crowd for arena_class in self._classes.values() for crowd in arena_class.crowds()}
         return {owner for c in wanted for owner in c.owners.values()}, sorted(crowds, key=len)
 

@@ -6,8 +6,8 @@ one code path. It knows nothing of tenants but the `BatchDeltas` it asks at each
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +96,11 @@ class Encoder:
         self._relative = RelativeBias(get("relative_attention_bias")) if config.relative_buckets else None
 
     @property
+    def num_bytes(self) -> int:
+        """Of all weights, those shared with the backbone that was read included."""
+        return sum(tensor.nbytes for tensor in _tensors(list(vars(self).values())))
+
+    @property
     def takes_varlen(self) -> bool:
         """Whether attention is FlashAttention over packed rows; else it is done in padded buckets."""
         fits = self._relative is None and self.dtype != torch.float32 and self.config.head_size % 8 == 0
@@ -173,3 +178,14 @@ class Encoder:
             out[span] = F.layer_norm(rows[span], width, norm.weight, norm.bias, eps)
         deltas.norm(layer, site, rows, out, eps)
         return out
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """Every tensor in nested sequences and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _tensors(each)
+    elif isinstance(value, _Linear | _Norm | _Layer):
+        yield from _tensors([getattr(value, field.name) for field in fields(value)])

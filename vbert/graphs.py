@@ -85,6 +85,7 @@ class Graph:
     def __init__(self, forward: Forward, space: Workspace, batch: PackedBatch, capture: Capture) -> None:
         """batch: one of the signature, in host memory.  space: for this graph alone, which keeps its addresses."""
         self._signature = Signature.of(batch)
+        self._space = space  # the captured kernels write there
         self._buffer = torch.from_numpy(self._signature.integers(batch)).to(space.device)
         static = _static(batch, self._signature, self._buffer)
         self.replay, self._hidden = capture(lambda: forward(static, space))
@@ -108,8 +109,15 @@ class HiddenGraphs:
         self._graphs: OrderedDict[Signature, Graph] = OrderedDict()
         self._seen: Counter[Signature] = Counter()
 
-    def find(self, batch: PackedBatch) -> Graph | None:
-        """The graph for a batch, captured now if its signature came often enough; None: compute it plainly."""
+    def clear(self) -> None:
+        """Let go of all graphs and their memory. Nothing that was replayed may still run."""
+        self._graphs.clear()
+
+    def find(self, batch: PackedBatch, before_capture: Callable[[], object] = bool) -> Graph | None:
+        """The graph for a batch, captured now if its signature came often enough; None: compute it plainly.
+
+        before_capture: called before the batch is computed to capture it.
+        """
         signature = Signature.of(batch)
         if signature not in self._graphs:
             if len(self._seen) >= _MAX_COUNTED:
@@ -120,6 +128,7 @@ class HiddenGraphs:
             if len(self._graphs) == _MAX_GRAPHS:
                 self._graphs.popitem(last=False)
             del self._seen[signature]
+            before_capture()
             self._graphs[signature] = Graph(self._forward, self._new_space(), batch, self._capture)
         self._graphs.move_to_end(signature)
         return self._graphs[signature]

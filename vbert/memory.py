@@ -32,7 +32,7 @@ class Region(Protocol):
     """Room for equal slots. arrays: [P, width] of each part, every slot being one row of each."""
 
     arrays: tuple[Tensor, ...]
-    capacity: int  # slots it can have when no other region has any
+    least_bytes: int  # of the memory it takes when it has one slot, as far as it takes any from others
 
     def take(self) -> int | None:
         """A free slot; None when there is no room for one more."""
@@ -50,6 +50,12 @@ class Region(Protocol):
 
 
 class Memory(Protocol):
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
     def region(self, parts: Parts) -> Region: ...
 
 
@@ -59,25 +65,27 @@ class Memory(Protocol):
 class AddressSpace:
     """A mapping for each region. `max_bytes` bounds each region's addresses, not what is resident."""
 
+    device = torch.device("cpu")
+
     def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
+        self.num_bytes = max_bytes
 
     def region(self, parts: Parts) -> Region:
         slot_bytes = sum(width * dtype.itemsize for width, dtype in parts)
-        return _Mapping(parts, max(1, min(_MAX_SLOTS, self._max_bytes // slot_bytes)))
+        return _Mapping(parts, max(1, min(_MAX_SLOTS, self.num_bytes // slot_bytes)))
 
 
 class _Mapping:
     def __init__(self, parts: Parts, num_slots: int) -> None:
         self._maps: list[tuple[mmap.mmap, int]] = []
         self.arrays = tuple(self._allocate(num_slots, width, dtype) for width, dtype in parts)
-        self.capacity, self._untouched = num_slots, 0
+        self.least_bytes, self._num_slots, self._untouched = 0, num_slots, 0
         self._free: list[int] = []
 
     def take(self) -> int | None:
         if self._free:
             return heapq.heappop(self._free)
-        if self._untouched == self.capacity:
+        if self._untouched == self._num_slots:
             return None
         self._untouched += 1
         return self._untouched - 1
@@ -110,7 +118,7 @@ class Slabs:
     those that lie whole in the runs of slabs it took: slot k of a region begins at k times its stride."""
 
     def __init__(self, buffer: Tensor) -> None:
-        self.buffer = buffer
+        self.buffer, self.device, self.num_bytes = buffer, buffer.device, len(buffer)
         self._free = {0: len(buffer) // _SLAB_BYTES}  # first slab -> length of a free run
 
     def region(self, parts: Parts) -> Region:
@@ -156,7 +164,7 @@ class _SlabRegion:
             _strided(slabs.buffer, dtype, offset, width, self._stride)
             for offset, (width, dtype) in zip(offsets, parts, strict=True)
         )
-        self.capacity = len(slabs.buffer) // _SLAB_BYTES * _SLAB_BYTES // self._stride
+        self.least_bytes = self._slabs_for(1) * _SLAB_BYTES
         self._run_of: dict[int, _Run] = {}
         self._free: list[int] = []
 
@@ -181,11 +189,10 @@ class _SlabRegion:
         return tuple(self._run_of[slot].used)
 
     def _grow(self) -> bool:
-        """Take a run with room for several slots, or for one where there is no more."""
-        whole = len(self._slabs.buffer) // _SLAB_BYTES  # such a run wastes nothing before its first slot
-        for slots in (_SLOTS_IN_RUN, 1):
-            count = min(whole, -(-(slots + 1) * self._stride // _SLAB_BYTES))
-            if self.capacity and (first := self._slabs.take(count)) is not None:
+        """Take a run with room for several slots, but no large part of the buffer, or for one."""
+        most = self._slabs.num_bytes // _SLAB_BYTES // 8
+        for count in (min(self._slabs_for(_SLOTS_IN_RUN), most), self._slabs_for(1)):
+            if count >= self._slabs_for(1) and (first := self._slabs.take(count)) is not None:
                 begin, end = first * _SLAB_BYTES, (first + count) * _SLAB_BYTES
                 run = _Run(first, count, range(-(-begin // self._stride), end // self._stride))
                 self._run_of |= dict.fromkeys(run.slots, run)
@@ -193,6 +200,10 @@ class _SlabRegion:
                     heapq.heappush(self._free, slot)
                 return True
         return False
+
+    def _slabs_for(self, slots: int) -> int:
+        """Wherever a run begins, so many slots lie whole inside this many slabs."""
+        return -(-(slots + 1) * self._stride // _SLAB_BYTES)
 
     def _shrink(self, run: _Run) -> None:
         self._free = [slot for slot in self._free if slot not in run.slots]

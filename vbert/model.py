@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -48,6 +50,7 @@ class Model:
         self.config, self.embed_head = backbone.config, backbone.embed_head
         self.fingerprint, self.dtype, self.device = backbone.fingerprint, dtype, device
         self.encoder = Encoder(backbone.config, backbone.weights, dtype, device, words)
+        self._every_space: list[weakref.ref[Workspace]] = []
         self._spaces: list[Workspace] = []  # those no forward uses now
         fits = graphs and words is None and self.encoder.takes_varlen
         self._graphs = HiddenGraphs(self._layers, self._new_space, capture_on_cuda) if fits else None
@@ -72,10 +75,18 @@ class Model:
         resolved = resolve_device(device)
         return cls(backbone, resolve_dtype(dtype, resolved), resolved, words, graphs=graphs)
 
+    @property
+    def activation_bytes(self) -> int:
+        """Of the buffers kept for forwards."""
+        return sum(space.num_bytes for ref in tuple(self._every_space) if (space := ref()) is not None)
+
     def free_memory(self) -> None:
         """Let go of what is kept for the next forward, after one that found no room."""
         self._spaces.clear()
         if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # before graphs go that may still run
+            if self._graphs is not None:
+                self._graphs.clear()
             torch.cuda.empty_cache()
 
     def pack(self, sequences: Sequence[SequenceInput]) -> PackedBatch:
@@ -86,9 +97,9 @@ class Model:
         """Last hidden states in packed order, [T, H]. Any number of threads may call it; on a GPU, of one stream."""
         feed = feed or _Nothing()
         word_rows = feed.word_rows()
-        if self._graphs is not None and word_rows is None and (graph := self._graphs.find(batch)):
-            for i in range(EMBEDDING_LAYER, self.config.num_layers):
-                feed.before_layer(i)  # a graph cannot wait inside
+        everything = partial(self._wait_for_all, feed)
+        if self._graphs is not None and word_rows is None and (graph := self._graphs.find(batch, everything)):
+            everything()  # a graph cannot wait inside
             return graph.run(batch)
         if word_rows is None:
             word_rows = self.encoder.mapped_words(batch.rows)
@@ -98,9 +109,14 @@ class Model:
             space = self._spaces.pop()
         except IndexError:
             space = self._new_space()
-        hidden = self._layers(self._moved(batch), space, feed, word_rows)
-        self._spaces.append(space)
-        return hidden
+        try:
+            return self._layers(self._moved(batch), space, feed, word_rows)
+        finally:
+            self._spaces.append(space)
+
+    def _wait_for_all(self, feed: Feed) -> None:
+        for i in range(EMBEDDING_LAYER, self.config.num_layers):
+            feed.before_layer(i)
 
     def forward(self, batch: PackedBatch, feed: Feed | None = None) -> list[Tensor]:
         """The raw answer of each sequence, in the order they were given to `pack`: float32, see vbert/heads.py."""
@@ -119,7 +135,9 @@ class Model:
         return _to_host(given)
 
     def _new_space(self) -> Workspace:
-        return Workspace(self.dtype, self.device)
+        space = Workspace(self.dtype, self.device)
+        self._every_space = [*(ref for ref in self._every_space if ref() is not None), weakref.ref(space)]
+        return space
 
     def _moved(self, batch: PackedBatch) -> PackedBatch:
         return batch.on(self.device, buckets=not self.encoder.takes_varlen)
@@ -155,7 +173,7 @@ def _to_host(answers: list[Tensor]) -> Callable[[], list[Tensor]]:
     flat = torch.cat([answer.reshape(-1) for answer in answers])
     host = torch.empty(len(flat), dtype=flat.dtype, pin_memory=True)
     host.copy_(flat, non_blocking=True)
-    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
     arrived.record()
 
     def wait() -> list[Tensor]:

@@ -86,6 +86,10 @@ def _gauges(now: MetricsSnapshot) -> Iterable[Metric]:
     for kind, num_bytes in now.resident_bytes.items():
         resident.add_metric((kind,), num_bytes)
     yield resident
+    memory = GaugeMetricFamily("vbert_memory_bytes", "Bytes by what holds them.", labels=("part",))
+    for part, num_bytes in now.memory_bytes.items():
+        memory.add_metric((part,), num_bytes)
+    yield memory
     for name, text, value in (
         ("vbert_resident_modules", "Modules in memory.", now.resident_modules),
         ("vbert_module_budget_bytes", "Limit of vbert_resident_bytes.", now.module_budget_bytes),

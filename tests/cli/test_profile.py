@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from runtime import wait_policy
 from runtime.wait_policy import better_environment
 
 ROOT = Path(__file__).parents[2]
@@ -87,6 +88,19 @@ def test_when_threads_should_wait_passively(threads, cores, is_set):
     better = better_environment({"HOME": "/h"}, threads, cores)
     assert better == ({"HOME": "/h", "OMP_WAIT_POLICY": "PASSIVE"} if is_set else None)
     assert better_environment(better or {"OMP_WAIT_POLICY": "ACTIVE"}, threads, cores) is None
+
+
+def test_flags_of_others_do_not_hide_those_of_the_engine(monkeypatch):
+    """--host is no short form of --host-budget-bytes."""
+    begun = []
+    monkeypatch.setattr(wait_policy, "usable_cores", lambda: 2)
+    monkeypatch.setattr(wait_policy, "restart_with", begun.append)
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    wait_policy.suit_machine(["serve", "--host", "0.0.0.0", "--port", "80"])
+    assert [environment["OMP_WAIT_POLICY"] for environment in begun] == ["PASSIVE"]
+    wait_policy.suit_machine(["serve", "--host", "0.0.0.0", "--compute-threads", "1"])
+    assert len(begun) == 1
 
 
 @pytest.mark.slow

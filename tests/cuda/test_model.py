@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.workload import write_backbone
-from runtime.uploads import module_pieces
+from runtime.uploads import moved_at_once
 from tests.encoder.test_laws import Bench, all_kinds, assert_close
 from tests.random_tenants import Factory
 from tests.tiny import tiny_backbone
@@ -43,13 +43,7 @@ class DeviceBench(Bench):
 
     def on_device(self, modules):
         """Each tenant loaded into host memory, then moved as the runtime moves it."""
-        return [module and self._moved(self.load(module)) for module in modules]
-
-    def _moved(self, tenant):
-        reservation = self.device_arena.reserve(tenant.header, tenant.digest)
-        for _, into, out_of in module_pieces(tenant, reservation):
-            into.copy_(out_of)
-        return tenant.moved(reservation)
+        return [module and moved_at_once(self.load(module), self.device_arena) for module in modules]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -81,7 +81,9 @@ def test_a_replayed_graph_equals_the_plain_forward(bench, backbone, monkeypatch)
     monkeypatch.setattr(graphs, "round_up", lambda n, least: 256 if least > 8 else 32)
     found = HiddenGraphs(bench.model._layers, bench.model._new_space, repeat)
     assert [found.find(batches[0]) for _ in range(2)] == [None, None]
-    graph = found.find(batches[0])
+    waited = []
+    graph = found.find(batches[0], lambda: waited.append("for every layer"))
+    assert waited == ["for every layer"]  # the capture computes the batch
     with torch.inference_mode():
         for batch, want in zip(batches, plain, strict=True):
             assert found.find(batch) is graph

@@ -153,6 +153,7 @@ class FakeEngine:
         metrics.compute_threads = 2
         return metrics.snapshot(
             resident_bytes={"low_rank": 7},
+            memory_bytes={"backbone": 9, "modules": 7},
             resident_modules=1,
             module_budget_bytes=100,
             loading_modules=0,

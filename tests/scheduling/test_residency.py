@@ -129,6 +129,16 @@ def test_a_module_above_the_budget_stays_out(policy):
     assert seen.load_s == 4.0
 
 
+def test_pins_and_hints_in_a_replay(policy):
+    """Two modules fit: the pinned one stays, the prefetched one is a hit, the third never gets in for long."""
+    requests = ["a", "b", "c", "a", "c", "a"]
+    how = {"num_bytes": lambda _: 1, "load_s": lambda _: 1.0, "budget_bytes": 2}
+    seen = replay(policy, requests, pinned={"a"}, prefetched=["a", "b", "c"], **how)
+    assert (seen.hits, seen.loaded_bytes, seen.evictions) == (5, 1, 1)
+    everything = replay(residency_policy("lru"), ["a", "b"], pinned={"a"}, **(how | {"budget_bytes": 1}))
+    assert (everything.hits, everything.loaded_bytes) == (0, 2)
+
+
 STEPS = st.lists(st.tuples(st.integers(0, 12), st.integers(1, 9)), max_size=120)
 
 

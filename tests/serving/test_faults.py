@@ -200,3 +200,23 @@ async def test_one_input_that_never_fits_is_that_requests_trouble(serving, facto
         clock.now += 1.0
         assert (await engine.classify("t", [short])).tenant == "t"
         accounts(engine)
+
+
+async def test_forwards_that_fail_keep_no_memory(serving, factory, monkeypatch):
+    from vbert.encoder import Encoder
+
+    async with serving() as engine:
+        await add(engine, "t", factory.tenant("lora"))
+        await engine.classify("t", TEXTS)
+        model, layer = engine._core.parts.model, Encoder.layer
+        before = model.activation_bytes
+        monkeypatch.setattr(Encoder, "layer", broken)
+        for _ in range(3):
+            assert isinstance(await outcome(engine.classify("t", TEXTS)), ComputeFailed)
+        monkeypatch.setattr(Encoder, "layer", layer)
+        assert (await engine.classify("t", TEXTS)).tenant == "t"
+        assert model.activation_bytes == before
+
+
+def broken(*_):
+    raise RuntimeError("a bug")

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from runtime.errors import ModuleTooLarge
-from tests.serving.helpers import add, held, until
+from tests.serving.helpers import add, held, outcome, until
 from tests.tiny import TEXTS
 from vbert.arena import Arena
 from vbert.checkpoint import write_tenant
-from vbert.errors import ConfigError, UnknownTenant
+from vbert.errors import ConfigError, UnknownTenant, VbertError
 from vbert.header import parse_header
 
 
@@ -113,3 +113,49 @@ async def test_every_policy_serves_more_tenants_than_fit(serving, modules, sizes
         await add_all(engine, modules)
         answers = await asyncio.gather(*[engine.classify(tenant, TEXTS) for tenant in modules for _ in range(4)])
         assert [answer.tenant for answer in answers] == [tenant for tenant in modules for _ in range(4)]
+
+
+async def test_the_backbone_needs_no_prefetch(serving):
+    async with serving() as engine:
+        assert await engine.prefetch([engine.name]) == {engine.name: True}
+        assert (await engine.embed(engine.name, TEXTS)).tenant == engine.name
+        assert engine.snapshot().loads == {}
+
+
+async def test_prefetching_ends_with_the_engine(serving, modules):
+    """No hint is left waiting for ever when the engine stops under it."""
+    async with serving() as engine:
+        await add_all(engine, modules)
+        with held(engine._core.lanes.loader, 2) as release:
+            hint = asyncio.create_task(outcome(engine.prefetch(modules)))
+            await until(lambda: engine._core.manager._hinted)
+            stop = asyncio.create_task(engine.stop())
+            await asyncio.sleep(0.05)
+            release()
+            await stop
+        async with asyncio.timeout(10):
+            answer = await hint
+    assert isinstance(answer, dict | VbertError)
+
+
+async def test_an_unused_module_that_was_to_make_room_is_not_lost(serving, factory, sizes):
+    """Retired beside a larger one that is in use, it goes at once: nobody may find it half gone for ever."""
+    small, large, new = factory.tenant("lora"), factory.tenant("lora", "houlsby"), factory.tenant("lora_all")
+    room = sizes(small) + sizes(large)
+    async with serving(module_budget_bytes=room) as engine:
+        for tenant, module in {"small": small, "large": large, "new": new}.items():
+            await add(engine, tenant, module)
+        await engine.classify("small", TEXTS)
+        await engine.classify("large", TEXTS)
+        assert sizes(small) < sizes(new)  # so that both must be chosen while `large` is in use
+        with held(engine._core.lanes.compute) as release:
+            running = asyncio.create_task(engine.classify("large", TEXTS))
+            await until(lambda: any(entry.pins for entry in engine._core.manager._resident.values()))
+            asked = asyncio.create_task(engine.classify("new", TEXTS))
+            await until(lambda: engine.snapshot().loading_modules == 1)
+            await asyncio.sleep(0.05)
+            release()
+            await asyncio.gather(running, asked)
+        async with asyncio.timeout(10):
+            assert (await engine.classify("small", TEXTS)).tenant == "small"
+            assert not any(entry.leaving for entry in engine._core.manager._resident.values())

@@ -20,8 +20,8 @@ CLOSE = {"rtol": 0, "atol": 1e-4}
 async def quiet(engine):
     """Nothing is on its way, and nobody uses the host's copies."""
     manager = engine._core.manager
-    await until(lambda: not manager._arriving and not manager.host._users)
-    host = manager.host
+    host = manager.through.host
+    await until(lambda: not manager.through._arriving and not host._users)
     assert host.num_bytes == sum(module.num_bytes for module in host._modules.values())
     assert sum(len(c.owners) for c in host.arena._classes.values()) == sum(
         len(module.slots) for module in host._modules.values()
@@ -56,7 +56,7 @@ async def test_the_device_evicts_what_the_host_keeps(serving, factory):
             assert (await engine.classify(tenant, TEXTS[:1])).tenant == tenant
         now = await quiet(engine)
         assert now.evictions > 10
-        assert len(engine._core.manager.host._modules) == 60
+        assert len(engine._core.manager.through.host._modules) == 60
         store = engine._core.parts.store
         for version in await engine.list_tenants():
             store.blob_path(version.digest).unlink()
