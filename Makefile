@@ -61,8 +61,7 @@ serve: .venv/.done $(WORK)/backbone/.done
 test: .venv-test/.done
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/ruff check .
-	.venv-test/bin/mypy
-	.venv-test/bin/python -m pytest
+	.venv-test/bin/mypy & types=$$!; .venv-test/bin/python -m pytest; tests=$$?; wait $$types && exit $$tests
 
 test-tf5: .venv-tf5/.done
 	.venv-tf5/bin/python -m pytest

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -61,10 +62,11 @@ def used(file, scalar):
 def test_nvrtc(file):
     if nvrtc() is None:
         pytest.skip("no libnvrtc: install the `dev` extra")
-    for scalar in SCALARS:
-        for target in TARGETS:
-            code = compile_with_nvrtc(cuda.source(file), target, scalar)
-            assert all(name.encode() in code for name in KERNELS[file]) or not used(file, scalar)
+    variants = [(target, scalar) for scalar in SCALARS for target in TARGETS]
+    with ThreadPoolExecutor(2) as pool:
+        codes = list(pool.map(lambda variant: compile_with_nvrtc(cuda.source(file), *variant), variants))
+    for (_, scalar), code in zip(variants, codes, strict=True):
+        assert all(name.encode() in code for name in KERNELS[file]) or not used(file, scalar)
 
 
 def test_nvrtc_refuses_what_is_wrong():
@@ -79,23 +81,18 @@ def test_nvrtc_refuses_what_is_wrong():
 @pytest.mark.parametrize("file", FILES)
 def test_nvcc(file, tmp_path):
     path = Path(cuda.__file__).parent / "csrc" / file
-    for scalar in SCALARS:
-        if used(file, scalar):
-            code = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90)]
-            code += ["-gencode=arch=compute_80,code=compute_80", "-Werror", "all-warnings"]
-            command = [
-                NVCC,
-                "-std=c++17",
-                "-fatbin",
-                f"-DSCALAR={scalar}",
-                *code,
-                "-o",
-                str(tmp_path / "out"),
-                str(path),
-            ]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+    code = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90)]
+    code += ["-gencode=arch=compute_80,code=compute_80", "-Werror", "all-warnings"]
+
+    def compile_for(scalar):
+        command = [NVCC, "-std=c++17", "-fatbin", f"-DSCALAR={scalar}", *code, "-o", f"{tmp_path}/{scalar}", str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    scalars = [scalar for scalar in SCALARS if used(file, scalar)]
+    with ThreadPoolExecutor(2) as pool:
+        for scalar, done in zip(scalars, pool.map(compile_for, scalars), strict=True):
             assert done.returncode == 0, done.stderr
-            assert (tmp_path / "out").stat().st_size
+            assert (tmp_path / str(scalar)).stat().st_size
 
 
 def test_every_kernel_is_launched_by_an_operator():

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -36,10 +37,19 @@ def compiled_in_a_batch(folder, dtype, mode):
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """(dtype, mode) -> how many kernels a batch compiled; the processes run side by side."""
+    cases = [("float32", "warm"), ("bfloat16", "warm"), ("float32", "cold")]
+    with ThreadPoolExecutor(2) as pool:
+        counts = pool.map(lambda case: compiled_in_a_batch(tmp_path_factory.mktemp("-".join(case)), *case), cases)
+        return dict(zip(cases, counts, strict=True))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_nothing_is_left_to_compile(tmp_path, dtype):
-    assert compiled_in_a_batch(tmp_path, dtype, "warm") == 0
+def test_nothing_is_left_to_compile(compiled, dtype):
+    assert compiled[dtype, "warm"] == 0
 
 
-def test_without_it_a_batch_compiles(tmp_path):
-    assert compiled_in_a_batch(tmp_path, "float32", "cold") > 0
+def test_without_it_a_batch_compiles(compiled):
+    assert compiled["float32", "cold"] > 0
