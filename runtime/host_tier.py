@@ -35,11 +35,6 @@ class HostTier:
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     num_bytes: int = 0  # of modules here or on their way
 
-    def header(self, digest: str) -> TenantHeader | None:
-        """Of a module that is here: no file has to be read."""
-        module = self._modules.get(digest)
-        return None if module is None else module.header
-
     async def take(self, digest: str, header: TenantHeader) -> ResidentTenant:
         """The module, which stays until `leave`; read once, whoever asks meanwhile.
 

@@ -257,7 +257,7 @@ class Manager:
         """The module, and the self-tests to run with the requests that wait for it: none if they held before."""
         run, path = asyncio.get_running_loop().run_in_executor, self.files(digest)
         host = None if self.through is None else self.through.host
-        known = None if host is None else host.header(digest)
+        known = (self.arena if host is None else host.arena).header(digest)
         header = await run(self.lane, read_header, path) if known is None else known
         source = None if host is None else await host.take(digest, header)
         try:

@@ -1,6 +1,9 @@
 """The native file: what is written is read back, and whatever is wrong with a file is said before it is used."""
 
+import hashlib
 import json
+import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from safetensors.torch import load, save
 
 from tests.random_tenants import DELTA_KINDS, HEADS, Factory
 from tests.tiny import tiny_backbone
+from vbert import slot_file
 from vbert.arena import Arena
 from vbert.checkpoint import read_tenant_bytes, write_tenant
 from vbert.errors import CorruptFile, ShapeError, WrongBackbone
@@ -135,8 +139,6 @@ def test_unexplained_tensors_are_refused(module):
 )
 def test_sparse_indices_outside_the_matrix_are_refused_at_load(backbone, module, tmp_path, name, value, says):
     """Kernels do not check bounds, so the arena must."""
-    import hashlib
-
     data = rewrite(write_tenant(module), change_tensors=lambda t: t[name].__setitem__(3, value))
     path = tmp_path / "t"
     path.write_bytes(data)
@@ -154,6 +156,47 @@ def test_an_altered_file_is_refused_at_load(backbone, module, tmp_path):
     reservation = arena.reserve(parse_header(data), "0" * 64)
     with pytest.raises(CorruptFile, match="altered or cut"):
         arena.fill(reservation, path)
+
+
+def test_a_file_that_nobody_wrote_to_is_hashed_once(backbone, module, tmp_path, monkeypatch):
+    data = write_tenant(module)
+    digest, path = hashlib.sha256(data).hexdigest(), tmp_path / "t"
+    path.write_bytes(data)
+    arena = Arena(backbone.config, backbone.fingerprint, torch.float32, 2**20)
+    hashed = []
+    monkeypatch.setattr(slot_file, "hashlib", SimpleNamespace(sha256=lambda start: _Counted(hashed, start)))
+
+    def load() -> int:
+        hashed.clear()
+        arena.release(arena.fill(arena.reserve(parse_header(data), digest), path))
+        return sum(hashed)
+
+    assert load() == load() == len(data)  # just written: it may be written again at the same time by the clock
+    monkeypatch.setattr(slot_file, "_SETTLED_NS", 0)
+    assert load() == len(data)
+    header_bytes = arena.header(digest).data_begin
+    assert load() == header_bytes < len(data)
+    os.utime(path)  # somebody touched it
+    assert load() == len(data)
+    assert load() == header_bytes
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(CorruptFile, match="altered or cut"):
+        load()
+
+
+class _Counted:
+    """SHA-256 that notes how many bytes it saw."""
+
+    def __init__(self, seen: list[int], start: bytes) -> None:
+        self._seen, self._hash = seen, hashlib.sha256(start)
+        seen.append(len(start))
+
+    def update(self, more: memoryview) -> None:
+        self._seen.append(len(more))
+        self._hash.update(more)
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
 
 
 def test_two_deltas_at_one_place_are_refused(backbone):
