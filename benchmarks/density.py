@@ -2,13 +2,15 @@
 
 10 to 10,000 registered tenants (LoRA r 8, adapters with a bottleneck of 64, or a mix of all kinds), asked for in four
 patterns, with room in memory for all of them, a tenth, or a hundredth, and for a size that stays the same. Every
-registration, engine and peer runs in a process of its own, so that its memory is its own. Tenants of one kind repeat
-16 random modules, but each has a file of its own, in bfloat16, and its bytes are loaded as its own.
+registration, engine and peer runs in a process of its own, so that its memory is its own; the engines that are compared
+take turns. Tenants of one kind repeat 16 random modules, but each has a file of its own, in bfloat16, and its bytes are
+loaded as its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import multiprocessing
 import shutil
@@ -23,7 +25,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.density_cells import KINDS, Cell, first_answers, register, serve
+from benchmarks.density_cells import KINDS, POPULARITY, Cell, Serving, first_answers, register
 from benchmarks.density_peers import PEERS, peer
 from benchmarks.density_vllm import vllm
 from benchmarks.machine import Neighbours, commit, describe
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         Progress(console=Console(stderr=True), transient=True) as bar,
     ):
         grid = list(itertools.product(args.shapes, args.kinds, args.tenants))
-        task = bar.add_task("density", total=len(grid) * (2 + len(args.budgets)))
+        task = bar.add_task("density", total=3 * len(grid))
         for shape, kind, tenants in grid:
             folder = _backbone(args, shape, Path(scratch))
             store = Path(scratch) / "store"
@@ -64,10 +66,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             registered = _in_a_process_of_its_own(register, cell)
             rows.append(registered)
             bar.advance(task)
-            for budget, room in _rooms(args.budgets, registered):
-                bar.update(task, description=f"{shape} {kind} x{tenants}: {budget} in memory")
-                rows += _in_a_process_of_its_own(serve, replace(cell, budget=budget, budget_bytes=room))
-                bar.advance(task)
+            bar.update(task, description=f"{shape} {kind} x{tenants}: serve")
+            rooms = _rooms(args.budgets, registered)
+            rows += _serve([replace(cell, budget=budget, budget_bytes=room) for budget, room in rooms], args.rounds)
+            bar.advance(task)
             bar.update(task, description=f"{shape} {kind} x{tenants}: first answers")
             rows += _in_a_process_of_its_own(first_answers, cell)
             shutil.rmtree(store)
@@ -81,10 +83,31 @@ def main(argv: Sequence[str] | None = None) -> None:
         "benchmark": "density",
         "machine": describe() | neighbours.report(),
         "commit": commit(),
-        "config": {name: getattr(args, name) for name in ("seconds", "concurrency", "threads")},
+        "config": {name: getattr(args, name) for name in ("seconds", "rounds", "concurrency", "threads")},
         "rows": rows,
     }
     publish(result, args)
+
+
+def _serve(cells: Sequence[Cell], rounds: int) -> list[dict[str, Any]]:
+    """Every pattern on every engine, in turns and rotating order; that of a fixed size has only one pattern."""
+    with contextlib.ExitStack() as stack:
+        engines = [stack.enter_context(Serving(cell)) for cell in cells]
+        for popularity in POPULARITY:
+            taking_part = [
+                engine
+                for engine, cell in zip(engines, cells, strict=True)
+                if isinstance(cell.budget, float) or popularity == "zipf"
+            ]
+            for engine in taking_part:
+                engine.prepare(popularity)
+            for done in range(rounds):
+                first = done % len(taking_part)
+                for engine in taking_part[first:] + taking_part[:first]:
+                    engine.turn()
+            for engine in taking_part:
+                engine.finish(popularity)
+        return [row for engine in engines for row in engine.rows]
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -97,7 +120,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--tenants", nargs="+", type=int, default=[10, 100, 1_000, 10_000], metavar="N")
     parser.add_argument("--budgets", nargs="+", type=float, default=[1.0, 0.1, 0.01], metavar="SHARE")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each pattern, after a quarter of it unmeasured")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each turn of a pattern")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each pattern, taken by all budgets alternately")
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--no-peers", action="store_true", help="leave PEFT and adapters out")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
+import multiprocessing
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -27,7 +30,17 @@ from vbert.model import resolve_dtype
 from vbert.reference import dense_forward
 from vbert.tenant import SelfTest, TenantModule
 
-__all__ = ["KINDS", "Cell", "asked_for", "first_answers", "memory_mib", "milliseconds", "register", "serve"]
+__all__ = [
+    "KINDS",
+    "POPULARITY",
+    "Cell",
+    "Serving",
+    "asked_for",
+    "first_answers",
+    "memory_mib",
+    "milliseconds",
+    "register",
+]
 
 KINDS: dict[str, Callable[..., list[TenantModule]]] = {
     "lora": random_loras,
@@ -40,6 +53,8 @@ DISTINCT_MODULES = 16
 _ADDED_AT_ONCE = 64
 _SHORT_TEXT = [101, 2023, 2003, 1037, 3231, 102]  # of the self-test every module carries
 _COLD_SAMPLES = 100
+_UNMEASURED = 256  # requests of each pattern before it is measured, or as many as there are tenants if that is more,
+_UNMEASURED_S = 6.0  # but not longer than this
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,14 +146,81 @@ def _name(i: int) -> str:
 # ---- serving -------------------------------------------------------------------------------------------------------
 
 
-def serve(cell: Cell) -> list[dict[str, Any]]:
+class Serving:
+    """An engine in a process of its own, which answers when it is its turn: engines that are compared take turns, so
+    that a disturbance meets them alike."""
+
+    def __init__(self, cell: Cell) -> None:
+        self._cell = cell
+        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+    def __enter__(self) -> Self:
+        self.rows = [self._pool.submit(_start, self._cell).result()]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.submit(_stop).result()
+        self._pool.shutdown()
+
+    def prepare(self, popularity: str) -> None:
+        self._seen = Seen()
+        self._pool.submit(_ask_unmeasured, self._cell, popularity).result()
+
+    def turn(self) -> None:
+        self._seen.add(self._pool.submit(_ask, self._cell).result())
+
+    def finish(self, popularity: str) -> None:
+        memory = self._pool.submit(_memory).result()
+        self.rows.append(self.rows[0] | {"popularity": popularity} | self._seen.row() | memory)
+
+
+@dataclass(slots=True)
+class Seen:
+    """What clients saw. A hit is a request that waited for no load."""
+
+    hits: list[float] = field(default_factory=list)
+    misses: list[float] = field(default_factory=list)
+    loads: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+
+    def add(self, other: Seen) -> None:
+        self.hits += other.hits
+        self.misses += other.misses
+        self.loads += other.loads
+        self.rates += other.rates
+
+    def row(self) -> dict[str, Any]:
+        """requests_per_s: median of the turns; spread: (p75 - p25) / p50 of them."""
+        every = self.hits + self.misses
+        p25, p50, p75 = (float(q) for q in np.percentile(self.rates, (25, 50, 75)))
+        return {
+            "requests_per_s": round(p50, 1),
+            "spread": round((p75 - p25) / p50, 4),
+            "p50_ms": milliseconds(every, 50),
+            "p99_ms": milliseconds(every, 99),
+            "hit_rate": round(len(self.hits) / len(every), 4),
+            "hit_p50_ms": milliseconds(self.hits, 50),
+            "miss_p50_ms": milliseconds(self.misses, 50),
+            "load_p50_ms": milliseconds(self.loads, 50),
+            "answered": len(every),
+        }
+
+
+class _Mine:
+    """Of the process that serves."""
+
+    runner: asyncio.Runner
+    engine: Engine
+    tenants: Iterator[str]
+    words: Iterator[str]
+
+
+def _start(cell: Cell) -> dict[str, Any]:
+    """Ready to serve, and every tenant was asked once: from then on all are tested, as in a server that has run for a
+    while."""
     torch.set_num_threads(cell.threads)
-    return uvloop.run(_all_patterns(cell))
-
-
-async def _all_patterns(cell: Cell) -> list[dict[str, Any]]:
     begin = time.perf_counter()
-    engine = Engine(
+    _Mine.engine = Engine(
         EngineConfig(
             backbone=cell.backbone,
             store=cell.store,
@@ -147,18 +229,28 @@ async def _all_patterns(cell: Cell) -> list[dict[str, Any]]:
             default_deadline_s=600.0,
         )
     )
-    rows = []
-    async with engine:
-        facts = _case(cell) | {"budget": cell.budget, "start_s": round(time.perf_counter() - begin, 3)}
-        if cell.budget == 1.0:  # all in memory and tested, as in a server that has run for a while
-            await engine.prefetch(map(_name, range(cell.tenants)))
-        for popularity in POPULARITY if isinstance(cell.budget, float) else ("zipf",):
-            tenants = asked_for(popularity, cell.tenants)
-            words = itertools.cycle(list(itertools.islice(texts(), 512)))
-            await _closed_loop(engine, cell, tenants, words, cell.seconds / 4)
-            seen = await _closed_loop(engine, cell, tenants, words, cell.seconds)
-            rows.append(facts | {"system": "vbert", "popularity": popularity} | seen | _memory(engine))
-    return rows
+    _Mine.runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+    _Mine.runner.run(_Mine.engine.start())
+    start_s = round(time.perf_counter() - begin, 3)
+    _Mine.tenants = map(_name, range(cell.tenants))
+    _Mine.words = itertools.cycle(list(itertools.islice(texts(), 512)))
+    facts = _case(cell) | {"system": "vbert", "budget": cell.budget, "start_s": start_s, "popularity": "first round"}
+    return facts | _Mine.runner.run(_closed_loop(cell.concurrency, _Mine.tenants, math.inf)).row() | _memory()
+
+
+def _ask_unmeasured(cell: Cell, popularity: str) -> None:
+    _Mine.tenants = asked_for(popularity, cell.tenants)
+    first = itertools.islice(_Mine.tenants, max(_UNMEASURED, cell.tenants))
+    _Mine.runner.run(_closed_loop(cell.concurrency, first, _UNMEASURED_S))
+
+
+def _ask(cell: Cell) -> Seen:
+    return _Mine.runner.run(_closed_loop(cell.concurrency, _Mine.tenants, cell.seconds))
+
+
+def _stop() -> None:
+    _Mine.runner.run(_Mine.engine.stop())
+    _Mine.runner.close()
 
 
 def asked_for(popularity: str, tenants: int) -> Iterator[str]:
@@ -176,38 +268,24 @@ def asked_for(popularity: str, tenants: int) -> Iterator[str]:
             yield _name(int(i))
 
 
-async def _closed_loop(
-    engine: Engine, cell: Cell, tenants: Iterator[str], words: Iterator[str], seconds: float
-) -> dict[str, Any]:
-    """Clients that send their next request when the last was answered. A hit is a request that waited for no load."""
-    hits: list[float] = []
-    misses: list[float] = []
-    loads: list[float] = []
+async def _closed_loop(clients: int, tenants: Iterator[str], seconds: float) -> Seen:
+    """Clients that send their next request when the last was answered, until the time is up or the tenants end."""
+    seen = Seen()
     begin = time.perf_counter()
 
     async def client() -> None:
-        while (sent := time.perf_counter()) < begin + seconds:
-            result = await engine.embed(next(tenants), [next(words)])
+        while (sent := time.perf_counter()) < begin + seconds and (tenant := next(tenants, None)) is not None:
+            result = await _Mine.engine.embed(tenant, [next(_Mine.words)])
             latency = time.perf_counter() - sent
             if load_s := result.timings.load_s:
-                misses.append(latency)
-                loads.append(load_s)
+                seen.misses.append(latency)
+                seen.loads.append(load_s)
             else:
-                hits.append(latency)
+                seen.hits.append(latency)
 
-    await asyncio.gather(*(client() for _ in range(cell.concurrency)))
-    elapsed = time.perf_counter() - begin
-    every = hits + misses
-    return {
-        "requests_per_s": round(len(every) / elapsed, 1),
-        "p50_ms": milliseconds(every, 50),
-        "p99_ms": milliseconds(every, 99),
-        "hit_rate": round(len(hits) / len(every), 4),
-        "hit_p50_ms": milliseconds(hits, 50),
-        "miss_p50_ms": milliseconds(misses, 50),
-        "load_p50_ms": milliseconds(loads, 50),
-        "answered": len(every),
-    }
+    await asyncio.gather(*(client() for _ in range(clients)))
+    seen.rates.append((len(seen.hits) + len(seen.misses)) / (time.perf_counter() - begin))
+    return seen
 
 
 # ---- one request at a time -----------------------------------------------------------------------------------------
@@ -258,8 +336,8 @@ def milliseconds(values: Sequence[float], percent: int) -> float | None:
     return round(float(np.percentile(values, percent)) * 1e3, 3) if values else None
 
 
-def _memory(engine: Engine) -> dict[str, Any]:
-    return {"module_bytes": sum(engine.snapshot().resident_bytes.values())} | memory_mib()
+def _memory() -> dict[str, Any]:
+    return {"module_bytes": sum(_Mine.engine.snapshot().resident_bytes.values())} | memory_mib()
 
 
 def memory_mib() -> dict[str, int]:
