@@ -22,6 +22,8 @@ from vbert.tenant import Dense, Head
 
 __all__ = ["run_heads"]
 
+_BLOCK_ROWS = 16  # of a sequence whose tokens have a head each
+
 
 def run_heads(
     hidden: Tensor, cu_seqlens: NDArray[np.int64], heads: Sequence[Head], pooler: Dense | None
@@ -78,8 +80,6 @@ def _same_work(head: Head) -> Hashable:
 
 def _same_shape(head: Head) -> Hashable:
     """Heads with the same key are computed by the same products, each row with its own weights."""
-    if head.pooling == "none":
-        return id(head)
     layers = tuple((layer.weight.shape, layer.bias is None, layer.activation) for layer in head.layers)
     return head.kind, head.pooling, head.shared_pooler, head.normalise, layers
 
@@ -95,26 +95,38 @@ def _run(pooled: _Pooled, first: int, last: int, heads: Sequence[Head], pooler: 
         for layer in head.layers:
             x = _dense(x, layer)
     else:
-        x = _each_with_its_own(x, heads)
+        x = _each_with_its_own(x, heads, np.diff(bounds) if head.pooling == "none" else np.ones(len(heads), np.int64))
     if head.kind == "embed" and head.normalise:
         x = F.normalize(x, dim=1)
     return list(torch.split(x, np.diff(bounds).tolist())) if head.pooling == "none" else list(x.unbind())
 
 
-def _each_with_its_own(x: Tensor, heads: Sequence[Head]) -> Tensor:
-    """The layers of several heads of one shape: row i of x [n, H] through those of heads[i]."""
+def _each_with_its_own(x: Tensor, heads: Sequence[Head], counts: NDArray[np.int64]) -> Tensor:
+    """The layers of several heads of one shape: the first counts[0] rows of x [n, H] through those of heads[0], ...
+
+    The number of products does not grow with that of the heads: rows of a sequence go in blocks of equal height, the
+    last one filled up.
+    """
     distinct = list({id(head): head for head in heads}.values())
     order = {id(head): i for i, head in enumerate(distinct)}
-    (mine,) = copy_integers([np.array([order[id(head)] for head in heads])], x.device)
+    height = int(min(_BLOCK_ROWS, counts.max()))
+    blocks = -(-counts // height)
+    owner = np.repeat([order[id(head)] for head in heads], blocks)
+    place = np.arange(counts.sum()) + np.repeat(np.cumsum(blocks * height) - blocks * height, counts)
+    place -= np.repeat(np.cumsum(counts) - counts, counts)  # where each row lies in the blocks
+    source = np.zeros(len(owner) * height, np.int64)
+    source[place] = np.arange(counts.sum())
+    mine, into, back = copy_integers([owner, source, place], x.device)
+    x = x.index_select(0, into).view(len(owner), height, -1)
     for k in range(len(heads[0].layers)):
         layers = [head.layers[k] for head in distinct]
-        weight = torch.stack([layer.weight for layer in layers]).index_select(0, mine)  # [n, out, in]
-        y = torch.bmm(weight, x.unsqueeze(2)).squeeze(2)
+        weight = torch.stack([layer.weight for layer in layers]).index_select(0, mine)  # [blocks, out, in]
+        y = x @ weight.transpose(1, 2)
         biases = [layer.bias for layer in layers if layer.bias is not None]
         if biases:
-            y = y + torch.stack(biases).index_select(0, mine)
+            y = y + torch.stack(biases).index_select(0, mine).unsqueeze(1)
         x = activate(y, layers[0].activation)
-    return x
+    return x.flatten(0, 1).index_select(0, back)
 
 
 def _dense(x: Tensor, layer: Dense) -> Tensor:

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
@@ -148,15 +149,16 @@ def test_heads_of_one_shape_share_their_products(monkeypatch):
         return Head(kind="classify", layers=tuple(layers), **more)
 
     a, b, c = head(1), head(2), head(3, pooling="mean")
-    given = [a, a, b, a, c, c, head(4, pooling="none")]
-    hidden = torch.randn(21, 6)
-    bounds = torch.arange(0, 22, 3).numpy()
+    d, e = head(4, pooling="none"), head(5, pooling="none")
+    given = [a, a, b, a, c, c, d, e, e, d]
+    bounds = np.array([0, 3, 6, 9, 12, 15, 18, 18 + 40, 59, 59 + 16, 75 + 17])
+    hidden = torch.randn(92, 6)
     want = run_heads(hidden, bounds, given, None)
     monkeypatch.setattr(heads, "_same_work", heads._same_shape)
     calls, each = [], heads._each_with_its_own
     monkeypatch.setattr(heads, "_each_with_its_own", lambda *given: calls.append(given) or each(*given))
     assert_close(run_heads(hidden, bounds, given, None), want, 1e-6)
-    assert len(calls) == 1
+    assert len(calls) == 2  # a and b; d and e
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
