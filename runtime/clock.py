@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
-__all__ = ["Clock", "MonotonicClock"]
+__all__ = ["Clock", "MonotonicClock", "wall_time_ns"]
 
 
 class Clock(Protocol):
@@ -17,3 +17,8 @@ class Clock(Protocol):
 class MonotonicClock:
     def now_s(self) -> float:
         return time.monotonic()
+
+
+def wall_time_ns() -> int:
+    """Nanoseconds since 1970, to compare with the times of files."""
+    return time.time_ns()

@@ -18,6 +18,7 @@ from runtime.loop import ServingLoop
 from runtime.machine import usable_cores
 from runtime.manager import Manager, typical_load_s
 from runtime.metrics import Metrics, MetricsSnapshot
+from runtime.module_files import ModuleFiles
 from runtime.parts import Parts, host_budget_bytes
 from runtime.pipeline import Pipeline
 from runtime.pressure import MemoryPressure
@@ -57,6 +58,7 @@ class Core:
         self.metrics = metrics = Metrics()
         threads = ThreadChoice.of_lane(config.compute_threads, usable_cores(), log_collapse)
         throughput = Throughput(parts.cost.forward_s if parts.cost else None)
+        self._files = ModuleFiles(parts.store.blob_path)
         self.through = self._through_host(spawn)
         self._forwards = Forwards(
             parts.model,
@@ -96,7 +98,7 @@ class Core:
         self.manager = Manager(
             arena=parts.arena,
             budget_bytes=config.module_budget_bytes,
-            files=parts.store.blob_path,
+            files=self._files,
             self_tester=self_tester,
             listener=self.dispatcher,
             lane=lanes.loader,
@@ -140,7 +142,7 @@ class Core:
         host = HostTier(
             arena=parts.host_arena,
             budget_bytes=host_budget_bytes(self.config, parts.model.device),
-            files=self.parts.store.blob_path,
+            files=self._files,
             lane=self.lanes.loader,
             policy=residency_policy(self.config.residency),
             load_cost=self._load_cost(),

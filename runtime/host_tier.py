@@ -9,9 +9,9 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from runtime.errors import ModuleTooLarge
+from runtime.module_files import ModuleFiles
 from runtime.residency import ResidencyPolicy, make_way
 from vbert.arena import Arena, Reservation, ResidentTenant
 from vbert.header import TenantHeader
@@ -21,11 +21,11 @@ __all__ = ["HostTier"]
 
 @dataclass(kw_only=True, eq=False)
 class HostTier:
-    """files: path of a digest's native file. load_cost: seconds to read so many bytes again, for the policy."""
+    """load_cost: seconds to read so many bytes again, for the policy."""
 
     arena: Arena
     budget_bytes: int
-    files: Callable[[str], Path]
+    files: ModuleFiles
     lane: Executor
     policy: ResidencyPolicy
     load_cost: Callable[[int], float]
@@ -64,7 +64,7 @@ class HostTier:
         reservation = await self._reserve(header, digest)
         try:
             fill = asyncio.get_running_loop().run_in_executor(
-                self.lane, self.arena.fill, reservation, self.files(digest)
+                self.lane, self.arena.fill, reservation, self.files.path(digest), self.files
             )
             self._modules[digest] = await fill
         except BaseException:

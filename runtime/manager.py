@@ -14,12 +14,12 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping,
 from concurrent.futures import Executor
 from copy import copy
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 from runtime.clock import Clock
 from runtime.errors import ComputeFailed, Draining, ModuleTooLarge
 from runtime.metrics import Metrics
+from runtime.module_files import ModuleFiles
 from runtime.residency import LfuAgeing, ResidencyPolicy, make_way
 from runtime.through_host import ThroughHost
 from vbert.arena import Arena, Reservation, ResidentTenant
@@ -75,13 +75,13 @@ class _Entry:
 
 @dataclass(kw_only=True, eq=False)
 class Manager:
-    """files: path of a digest's native file. self_tester: runtime/selftest.py.
+    """self_tester: runtime/selftest.py.
     spawn: starts a task. wake: called after every change that may let something run. load_cost: seconds to bring in a
     module of so many bytes, for the policy. through: where they come to a device."""
 
     arena: Arena
     budget_bytes: int
-    files: Callable[[str], Path]
+    files: ModuleFiles
     self_tester: Verifier
     listener: ResidencyListener
     lane: Executor
@@ -139,7 +139,7 @@ class Manager:
         """What the module takes in memory. Raises what reading its header raises."""
         if not digest:
             return 0
-        header = await asyncio.get_running_loop().run_in_executor(self.lane, read_header, self.files(digest))
+        header = await asyncio.get_running_loop().run_in_executor(self.lane, read_header, self.files.path(digest))
         return self.arena.num_bytes(header)
 
     # ---- use -------------------------------------------------------------------------------------------------------
@@ -255,9 +255,9 @@ class Manager:
 
     async def _bring_in(self, digest: str, patient: bool) -> tuple[ResidentTenant, tuple[SelfTest, ...]]:
         """The module, and the self-tests to run with the requests that wait for it: none if they held before."""
-        run, path = asyncio.get_running_loop().run_in_executor, self.files(digest)
+        run, path = asyncio.get_running_loop().run_in_executor, self.files.path(digest)
         host = None if self.through is None else self.through.host
-        known = (self.arena if host is None else host.arena).header(digest)
+        known = self.files.header(digest)
         header = await run(self.lane, read_header, path) if known is None else known
         source = None if host is None else await host.take(digest, header)
         try:
@@ -267,7 +267,7 @@ class Manager:
             raise
         try:
             if source is None or self.through is None:
-                tenant = await run(self.lane, self.arena.fill, reservation, path)
+                tenant = await run(self.lane, self.arena.fill, reservation, path, self.files)
             else:
                 tenant = await self.through.upload(source, reservation, self._upload_failed)
             tests = () if digest in self._verified else await self.self_tester.tests(tenant)

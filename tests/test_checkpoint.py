@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from runtime.module_files import ModuleFiles
 from tests.random_tenants import DELTA_KINDS, HEADS, Factory
 from tests.tiny import tiny_backbone
 from vbert import slot_file
@@ -163,18 +164,21 @@ def test_a_file_that_nobody_wrote_to_is_hashed_once(backbone, module, tmp_path, 
     digest, path = hashlib.sha256(data).hexdigest(), tmp_path / "t"
     path.write_bytes(data)
     arena = Arena(backbone.config, backbone.fingerprint, torch.float32, 2**20)
+    late_s = [0]
+    files = ModuleFiles(lambda _: path, now_ns=lambda: path.stat().st_ctime_ns + late_s[0] * 10**9)
     hashed = []
     monkeypatch.setattr(slot_file, "hashlib", SimpleNamespace(sha256=lambda start: _Counted(hashed, start)))
 
     def load() -> int:
         hashed.clear()
-        arena.release(arena.fill(arena.reserve(parse_header(data), digest), path))
+        arena.release(arena.fill(arena.reserve(parse_header(data), digest), path, files))
         return sum(hashed)
 
+    assert files.header(digest) is None
     assert load() == load() == len(data)  # just written: it may be written again at the same time by the clock
-    monkeypatch.setattr(slot_file, "_SETTLED_NS", 0)
+    late_s[0] = 1
     assert load() == len(data)
-    header_bytes = arena.header(digest).data_begin
+    header_bytes = files.header(digest).data_begin
     assert load() == header_bytes < len(data)
     os.utime(path)  # somebody touched it
     assert load() == len(data)

@@ -22,7 +22,7 @@ from vbert.errors import ShapeError
 from vbert.header import TenantHeader
 from vbert.layout import SlotLayout
 from vbert.memory import AddressSpace, Memory
-from vbert.slot_file import FilesRead, read_into
+from vbert.slot_file import Witness, read_into
 from vbert.tenant import Head, SelfTest
 
 __all__ = ["Arena", "ArenaClass", "Reservation", "ResidentTenant"]
@@ -179,7 +179,6 @@ class Arena:
         self.device = self._memory.device
         self._classes: dict[str, ArenaClass] = {}
         self._idle: dict[tuple[ArenaClass, int], None] = {}  # free slots that still have pages, the longest first
-        self._files = FilesRead()
         self._slot_bytes = 0  # of all slots that have an owner or are idle
 
     def num_bytes(self, header: TenantHeader) -> int:
@@ -207,10 +206,6 @@ class Arena:
             digest=digest, header=header, slots=tuple(taken), num_bytes=sum(by_kind.values()), bytes_by_kind=by_kind
         )
 
-    def header(self, digest: str) -> TenantHeader | None:
-        """Of a module that was filled lately: its file need not be read for it."""
-        return self._files.header(digest)
-
     def can_hold(self, header: TenantHeader) -> bool:
         """Whether the tenant would find its slots if nobody else had any."""
         return sum(self._class_of(layout).least_bytes for layout in header.layouts.values()) <= self._memory.num_bytes
@@ -222,11 +217,11 @@ class Arena:
         crowds = {crowd for arena_class in self._classes.values() for crowd in arena_class.crowds()}
         return {owner for c in wanted for owner in c.owners.values()}, sorted(crowds, key=len)
 
-    def fill(self, reservation: Reservation, path: str | Path) -> ResidentTenant:
+    def fill(self, reservation: Reservation, path: str | Path, witness: Witness | None = None) -> ResidentTenant:
         """Read the native file into the reserved slots. Blocking. The caller releases the reservation if this raises.
 
-        That its numbers are finite was checked when it was registered, and the digest says that these are its bytes:
-        the file is hashed when it is read first, and again when the file system says that somebody wrote to it.
+        That its numbers are finite was checked when it was registered, and the digest says that these are its bytes,
+        or the witness does, who saw it hashed before.
         Raises OSError; CorruptFile when they are not, or a sparse delta points outside its matrix.
         """
         header = reservation.header
@@ -234,7 +229,7 @@ class Arena:
         memory: dict[str, Tensor] = {}
         for (arena_class, slot), layout in slots:
             memory |= arena_class.memory(slot, layout)
-        tensors = read_into(path, header, reservation.digest, memory, self._files)
+        tensors = read_into(path, header, reservation.digest, memory, witness)
         for (arena_class, slot), layout in slots:
             arena_class.settle(slot, layout, self._config)
         head = read_head(header, tensors)

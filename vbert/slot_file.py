@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
-import time
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,37 +14,17 @@ from torch import Tensor
 from vbert.errors import CorruptFile
 from vbert.header import TenantHeader
 
-__all__ = ["FilesRead", "read_into"]
-
-_FILES_KEPT = 2048  # about 3 KiB each
-_SETTLED_NS = 10**9  # a file written this recently may be written again without another time to show for it
-
-Stamp = tuple[int, int, int, int, int]  # what the file system changes when somebody writes to a file
+__all__ = ["Witness", "read_into"]
 
 
-@dataclass(slots=True, eq=False)
-class FilesRead:
-    """What is known of files that were read and hashed before, the latest ones: their headers, and how the file system
-    described them then. Any thread may ask and add."""
+class Witness(Protocol):
+    """Who remembers files that were hashed before. Any thread may call."""
 
-    _known: OrderedDict[str, tuple[TenantHeader, Stamp | None]] = field(default_factory=OrderedDict)
-    _adding: threading.Lock = field(default_factory=threading.Lock)
+    def unchanged(self, digest: str, found: os.stat_result) -> bool:
+        """Whether a file of these bytes was verified when the file system described it just so."""
+        ...
 
-    def header(self, digest: str) -> TenantHeader | None:
-        """Of the bytes that have this digest."""
-        known = self._known.get(digest)
-        return None if known is None else known[0]
-
-    def stamp(self, digest: str) -> Stamp | None:
-        known = self._known.get(digest)
-        return None if known is None else known[1]
-
-    def add(self, digest: str, header: TenantHeader, stamp: Stamp | None) -> None:
-        with self._adding:
-            self._known[digest] = header, stamp
-            self._known.move_to_end(digest)
-            if len(self._known) > _FILES_KEPT:
-                self._known.popitem(last=False)
+    def verified(self, digest: str, header: TenantHeader, found: os.stat_result) -> None: ...
 
 
 def read_into(
@@ -55,31 +32,30 @@ def read_into(
     header: TenantHeader,
     digest: str,
     slots: Mapping[str, Tensor],
-    files: FilesRead | None = None,
+    witness: Witness | None = None,
 ) -> dict[str, Tensor]:
     """Read every tensor of a native file, those named in `slots` into the memory given there.
 
     slots: tensor name -> contiguous CPU tensor [numel]. A slot of another dtype than the file's is converted.
-    files: a file that is there with this digest, and that the file system says nobody wrote to since, is not hashed
-    again, only its header is. Returns: the other tensors by name. Raises OSError; CorruptFile when the bytes are not
-    those of the digest; then there may be anything in the slots.
+    witness: a file that it knows is not hashed again, only its header is. Returns: the other tensors by name. Raises
+    OSError; CorruptFile when the bytes are not those of the digest; then there may be anything in the slots.
     """
-    files = FilesRead() if files is None else files
     stored = sorted(header.tensors.items(), key=lambda item: item[1].begin)
     direct = {name: slot for name, slot in slots.items() if slot.dtype == header.tensors[name].dtype}
     read = {name: direct[name] if name in direct else torch.empty(t.shape, dtype=t.dtype) for name, t in stored}
     start = bytearray(header.data_begin)
     pieces = [memoryview(start), *(_bytes_of(read[name]) for name, _ in stored)]
-    stamp = _read_whole(Path(path), pieces)
+    found = _read_whole(Path(path), pieces)
     sha256 = hashlib.sha256(start)
     intact = sha256.hexdigest() == header.key
-    if intact and (stamp is None or stamp != files.stamp(digest)):
+    if intact and (witness is None or not witness.unchanged(digest, found)):
         for piece in pieces[1:]:
             sha256.update(piece)
         intact = sha256.hexdigest() == digest
     if not intact:
         raise CorruptFile(f"the stored file of {digest[:12]} was altered or cut; add the tenant again")
-    files.add(digest, header, stamp)
+    if witness is not None:
+        witness.verified(digest, header, found)
     for name in slots.keys() - direct.keys():
         slots[name].copy_(read[name])
     return {name: tensor for name, tensor in read.items() if name not in slots}
@@ -90,10 +66,10 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
-def _read_whole(path: Path, pieces: Sequence[memoryview]) -> Stamp | None:
+def _read_whole(path: Path, pieces: Sequence[memoryview]) -> os.stat_result:
     """Fill the pieces from the start of a file. What a shorter file leaves is as it was.
 
-    Returns: how the file system described the file before; None if that may not tell it from what it is later.
+    Returns: how the file system described it before.
     """
     left = [piece for piece in pieces if len(piece)]
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -108,6 +84,4 @@ def _read_whole(path: Path, pieces: Sequence[memoryview]) -> Stamp | None:
                 left[0] = left[0][count:]
     finally:
         os.close(descriptor)
-    if time.time_ns() - found.st_ctime_ns < _SETTLED_NS:
-        return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return found
