@@ -6,11 +6,20 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from runtime.residency import residency_policy
+from runtime.sequence_sharing import SequenceSharing
 from vbert.errors import ConfigError
 
 __all__ = ["EngineConfig", "option"]
 
 _MIB = 2**20
+_MAY_BE_ZERO = {
+    "compute_threads",
+    "max_store_bytes",
+    "host_budget_bytes",
+    "sequence_store_bytes",
+    "sequence_disk_bytes",
+    "sequence_layer",
+}
 
 
 def option(default: Any, help_text: str) -> Any:
@@ -43,6 +52,14 @@ class EngineConfig:
     word_rows: str = option(
         "memory", "memory, or mapped: word embeddings stay in a file of the store and take no device memory"
     )
+    sequence_store_bytes: int = option(
+        0, "bytes for the lower layers of whole texts, kept for whoever sends the same text again; 0: none are kept"
+    )
+    sequence_disk_bytes: int = option(0, "bytes of a file behind them, in the store's folder; it ends with the process")
+    sequence_layer: int = option(0, "the layer they enter: tenants that change none below it use them; 0: half of all")
+    sequence_sharing: tuple[str, ...] = option(
+        (), "PATTERN=shared, own or off, by tenant, the first that fits: who may share kept texts; else all do"
+    )
     cuda_graphs: str = option("off", "on or off: on a GPU, replay CUDA graphs of batches that come often")
     trace: str = option("", "write a Chrome trace of the lanes to this file")
     profile: str = option(
@@ -73,6 +90,7 @@ class EngineConfig:
         residency_policy(self.residency)
         if self.lanes != ("none",) and (not self.lanes or set(self.lanes) - {"rows", "modules", "compute"}):
             raise ConfigError(f"lanes is {','.join(self.lanes)!r}; give some of rows, modules and compute, or none")
+        SequenceSharing(self.sequence_sharing)
         if self.cuda_graphs not in ("on", "off"):
             raise ConfigError(f"cuda_graphs is {self.cuda_graphs!r}; use on or off")
         if self.word_rows not in ("memory", "mapped"):
@@ -81,7 +99,7 @@ class EngineConfig:
             raise ConfigError(f"max_caller_share is {self.max_caller_share}; give a share above 0 and up to 1")
         for option_field in fields(self):
             value = getattr(self, option_field.name)
-            floor = 0 if option_field.name in ("compute_threads", "max_store_bytes", "host_budget_bytes") else 1e-9
+            floor = 0 if option_field.name in _MAY_BE_ZERO else 1e-9
             if isinstance(value, (int, float)) and not isinstance(value, bool) and value < floor:
                 raise ConfigError(
                     f"{option_field.name} is {value}; it must be {'at least 0' if not floor else 'above 0'}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import asdict
 from typing import Any
 
 from runtime.clock import Clock
@@ -20,12 +21,14 @@ from runtime.manager import Manager, typical_load_s
 from runtime.metrics import Metrics, MetricsSnapshot
 from runtime.module_files import ModuleFiles
 from runtime.parts import Parts, host_budget_bytes
+from runtime.pending import Pending
 from runtime.pipeline import Pipeline
 from runtime.pressure import MemoryPressure
 from runtime.registrar import Registrar
 from runtime.residency import residency_policy
 from runtime.scheduler import BatchPolicy
 from runtime.selftest import SelfTester
+from runtime.sequence_sharing import SequenceSharing
 from runtime.tenants import Tenants
 from runtime.threads import ThreadChoice
 from runtime.through_host import ThroughHost
@@ -58,6 +61,7 @@ class Core:
         self.metrics = metrics = Metrics()
         threads = ThreadChoice.of_lane(config.compute_threads, usable_cores(), log_collapse)
         throughput = Throughput(parts.cost.forward_s if parts.cost else None)
+        self._sharing = SequenceSharing(config.sequence_sharing)
         self._files = ModuleFiles(parts.store.blob_path)
         self.through = self._through_host(spawn)
         self._forwards = Forwards(
@@ -70,6 +74,7 @@ class Core:
             results=lanes.results,
             overlapped="compute" in config.lanes,
             source=parts.words,
+            sequences=parts.sequences,
             arriving=lambda tenant: self.through.arriving(tenant) if self.through else None,
             trace=parts.trace,
         )
@@ -119,6 +124,7 @@ class Core:
             event=event,
             clock=clock,
             metrics=metrics,
+            scope=self._scope,
         )
         self.health = Health(
             ask=self._ask_canary, waiting_since_s=self._waiting_since_s, loop_lag=metrics.loop_lag, clock=clock
@@ -148,6 +154,13 @@ class Core:
             load_cost=self._load_cost(),
         )
         return ThroughHost(host=host, uploads=uploads, device=parts.model.device, lane=lane, spawn=spawn)
+
+    def _scope(self, pending: Pending) -> bytes | None:
+        """Canaries and self-tests, which prove that the backbone computes, take no part."""
+        store = self.parts.sequences
+        if store is None or pending.caller == CANARY:
+            return None
+        return self._sharing.scope(pending.served.key.tenant, store.salt)
 
     def _load_cost(self) -> Callable[[int], float]:
         """Seconds from the disk into host memory by bytes."""
@@ -209,6 +222,7 @@ class Core:
         return self.metrics.snapshot(
             resident_bytes=manager.bytes_by_kind,
             memory_bytes=self._memory_bytes(),
+            sequences=asdict(self.parts.sequences.counts) if self.parts.sequences is not None else {},
             resident_modules=len(manager.resident),
             module_budget_bytes=self.config.module_budget_bytes,
             loading_modules=len(manager.loading),
@@ -220,12 +234,13 @@ class Core:
 
     def _memory_bytes(self) -> dict[str, int]:
         """What holds memory. rows: a mapped file, whose pages the system keeps and drops."""
-        model, words, through = self.parts.model, self.parts.words, self.through
+        model, words, through, sequences = self.parts.model, self.parts.words, self.through, self.parts.sequences
         return {
             "backbone": model.encoder.num_bytes,
             "modules": self.manager.bytes_by_kind.total(),
             "host_modules": 0 if through is None else through.host.num_bytes,
             "rows": 0 if words is None else words.table.nbytes,
+            "sequences": 0 if sequences is None else sequences.num_bytes,
             "activations": model.activation_bytes,
             "staging": self._forwards.staging_bytes,
         }

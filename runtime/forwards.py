@@ -19,6 +19,7 @@ from torch import Tensor
 from runtime.clock import Clock
 from runtime.errors import ComputeFailed
 from runtime.lane_feed import Arriving, LaneFeed
+from runtime.sequence_store import SequenceStore
 from runtime.staging import Prepared, Preparer, Ring
 from runtime.streams import Device, Event
 from runtime.threads import ThreadChoice
@@ -70,6 +71,14 @@ class _Early:
     prepared: Prepared | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Finish:
+    """answers: waits for them. remember: then keeps what the forward computed that others may want."""
+
+    answers: Callable[[], list[Tensor]]
+    remember: Callable[[], None]
+
+
 @dataclass(slots=True, kw_only=True)
 class _Running:
     """A batch that was issued. finish: waits for its answers; None: it could not be issued."""
@@ -84,7 +93,7 @@ class _Running:
     prepared: Prepared | None
     begin: Event
     end: Event
-    finish: Callable[[], list[Tensor]] | None
+    finish: _Finish | None
     answer: Future[Computed]
     out_of_memory: bool = False
 
@@ -108,19 +117,22 @@ class Forwards:
         results: Executor | None = None,
         overlapped: bool = True,
         source: RowSource | None = None,
+        sequences: SequenceStore | None = None,
         arriving: Callable[[ResidentTenant], Arriving | None] = _none_arriving,
         trace: Trace | None = None,
     ) -> None:
         """compute, rows, results: one thread each; results is for a device that runs ahead. overlapped: whether
-        anything of a batch happens before the one before it has ended."""
+        anything of a batch happens before the one before it has ended. source: of word rows. sequences: where the lower
+        layers of whole sequences are kept."""
         self._model, self._device, self._clock, self._threads = model, device, clock, threads
         self._compute, self._rows, self._overlapped = compute, rows, overlapped
         self._results = results if device.runs_ahead and overlapped else None
         self._arriving, self._trace = arriving, trace
         self.ring = Ring(device, _IN_RING)
-        self._ahead = Preparer(model, source, self.ring, device.stream("rows"))
+        self._sequences = sequences
+        self._ahead = Preparer(model, source, self.ring, device, device.stream("rows"), sequences)
         self._own_ring = Ring(device, 1)
-        self._inline = Preparer(model, source, self._own_ring, device.compute)
+        self._inline = Preparer(model, source, self._own_ring, device, device.compute, sequences)
 
     @property
     def staging_bytes(self) -> int:
@@ -167,7 +179,7 @@ class Forwards:
         try:
             if error is not None:
                 raise error
-            finish = self._launch(prepared or self._inline(sequences), launch.batch_id)
+            finish = self._launch(prepared or self._inline(sequences), sequences, launch.batch_id)
         except Exception as failure:
             out_of_memory = _failed(failure, len(sequences))
         return _Running(
@@ -214,12 +226,13 @@ class Forwards:
             torch.set_num_threads(num_threads)
         return num_threads
 
-    def _launch(self, prepared: Prepared, batch_id: int) -> Callable[[], list[Tensor]]:
+    def _launch(self, prepared: Prepared, sequences: Sequence[SequenceInput], batch_id: int) -> _Finish:
         tenants, stream = prepared.batch.tenants, self._device.compute
         with prepared.read_by(stream), stream.current():
             _check_owned(tenants)
             arriving = [a for tenant in tenants if (a := self._arriving(tenant)) is not None and not a.done()]
-            finish = self._model.launch(prepared.batch, LaneFeed(prepared, arriving, stream, self._waiting))
+            feed = LaneFeed(prepared, arriving, stream, self._waiting)
+            finish = self._model.launch(prepared.batch, feed)
         if self._trace is not None:
             num_tokens = len(prepared.batch.rows.token_ids)
             self._trace.span("rows", prepared.begin, prepared.end, f"batch {batch_id}", tokens=num_tokens)
@@ -229,7 +242,11 @@ class Forwards:
             _check_owned(tenants)
             return outputs
 
-        return answers
+        def remember() -> None:
+            if self._sequences is not None and prepared.found is not None and feed.kept is not None:
+                self._sequences.insert(prepared.found, sequences, feed.kept)
+
+        return _Finish(answers, remember)
 
     @contextmanager
     def _waiting(self, lane: str) -> Iterator[None]:
@@ -250,6 +267,7 @@ class Forwards:
                 if not self._device.runs_ahead:
                     self._threads.observe(running.num_threads, running.num_tokens, compute_s)
                 self._tell(running, outcomes, compute_s, self._ahead_s(running))
+                self._remember(running)
             elif self._results is None:
                 self._rerun(running)
             else:
@@ -261,7 +279,7 @@ class Forwards:
             return []
         begin = self._trace.now() if self._trace is not None else None
         try:
-            outcomes: list[Outcome] = list(running.finish())
+            outcomes: list[Outcome] = list(running.finish.answers())
             running.end.synchronize()
         except Exception as error:
             running.out_of_memory = _failed(error, len(running.keep))
@@ -272,6 +290,14 @@ class Forwards:
             self._trace.span("results", begin, self._trace.now(), name, sequences=len(outcomes))
             self._trace.flush()
         return outcomes
+
+    def _remember(self, running: _Running) -> None:
+        """After the answers are out."""
+        try:
+            assert running.finish is not None
+            running.finish.remember()
+        except Exception:
+            _log.exception("the lower layers of a batch could not be kept")
 
     def _ahead_s(self, running: _Running) -> float:
         issue_s = running.issued_s - running.started_s if self._device.runs_ahead else 0.0
@@ -302,7 +328,7 @@ class Forwards:
     def _alone(self, sequences: list[SequenceInput], batch_id: int) -> list[Outcome]:
         """The sequences of one tenant, whose errors concern nobody else."""
         try:
-            outputs = self._launch(self._inline(sequences), batch_id)()
+            outputs = self._launch(self._inline(sequences, plain=True), sequences, batch_id).answers()
         except Exception as error:
             _log.error("a batch of one tenant failed", exc_info=error)
             if _is_out_of_memory(error) and len(sequences) > 1:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from runtime.staging import Prepared
@@ -22,18 +23,30 @@ class Arriving(Protocol):
     def done(self) -> bool: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LaneFeed:
-    """waiting: a context that shows in the trace for how long compute waits for a lane."""
+    """waiting: a context that shows in the trace for how long compute waits for a lane. kept: states that the forward
+    computed and others may want, on their way to host memory."""
 
     prepared: Prepared
     arriving: Sequence[Arriving]
     stream: Stream
     waiting: Callable[[str], AbstractContextManager[None]]
+    kept: Tensor | None = None
 
     def word_rows(self) -> Tensor | None:
         with self.waiting("rows"):
             return self.prepared.word_rows(self.stream)
+
+    def given_rows(self) -> Tensor:
+        with self.waiting("rows"):
+            return self.prepared.given_rows(self.stream)
+
+    def keep(self, rows: Tensor) -> None:
+        if rows.is_cuda:
+            host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+            rows = host.copy_(rows, non_blocking=True)  # there when the answers are, which come after it
+        self.kept = rows
 
     def before_layer(self, i: int) -> None:
         if self.arriving:

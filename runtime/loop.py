@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -31,7 +31,8 @@ _Tests = dict[str, tuple[ResidentTenant | None, tuple[SelfTest, ...]]]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ServingLoop:
-    """`event` is set whenever a request came or left, a batch ended, or a module came, went or failed."""
+    """`event` is set whenever a request came or left, a batch ended, or a module came, went or failed. scope: who may
+    share the lower layers of a request's texts, for `SequenceInput.scope`."""
 
     policy: BatchPolicy
     dispatcher: Dispatcher
@@ -41,6 +42,7 @@ class ServingLoop:
     event: asyncio.Event
     clock: Clock
     metrics: Metrics
+    scope: Callable[[Pending], bytes | None] = lambda _: None
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -97,7 +99,8 @@ class ServingLoop:
             digest = pending.served.key.digest
             tenant = self.manager.pin(digest)
             inputs = pending.encoded[piece.first : piece.last]
-            sequences += [SequenceInput(e.token_ids, e.type_ids, tenant) for e in inputs]
+            scope = self.scope(pending)
+            sequences += [SequenceInput(e.token_ids, e.type_ids, tenant, scope) for e in inputs]
             if untested := self.manager.tests(digest):
                 tests[digest] = (tenant, untested)
         for tenant, untested in tests.values():

@@ -91,7 +91,8 @@ class MetricsSnapshot:
     evictions: int
     loop_lag: HistogramSnapshot
     resident_bytes: Mapping[str, int]  # gauge, like all below
-    memory_bytes: Mapping[str, int]  # by what holds them: backbone, modules, host_modules, rows, activations, staging
+    memory_bytes: Mapping[str, int]  # by what holds them, such as backbone or modules
+    sequences: Mapping[str, int]  # counts of the sequence store, by what happened; empty without one
     resident_modules: int
     module_budget_bytes: int
     loading_modules: int
@@ -136,6 +137,7 @@ class Metrics:
         *,
         resident_bytes: Mapping[str, int],
         memory_bytes: Mapping[str, int],
+        sequences: Mapping[str, int],
         resident_modules: int,
         module_budget_bytes: int,
         loading_modules: int,
@@ -161,6 +163,7 @@ class Metrics:
             loop_lag=self.loop_lag.snapshot(),
             resident_bytes=dict(resident_bytes),
             memory_bytes=dict(memory_bytes),
+            sequences=dict(sequences),
             resident_modules=resident_modules,
             module_budget_bytes=module_budget_bytes,
             loading_modules=loading_modules,

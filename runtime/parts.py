@@ -14,6 +14,7 @@ from runtime.config import EngineConfig
 from runtime.cost import CostModel
 from runtime.own_profile import own_profile
 from runtime.request import Served, TenantKey
+from runtime.sequence_store import SequenceStore
 from runtime.store import TenantStore
 from runtime.streams import Device, open_device
 from runtime.trace import Trace
@@ -46,6 +47,7 @@ class Parts:
     trace: Trace | None
     arena: Arena
     host_arena: Arena | None
+    sequences: SequenceStore | None
     store: TenantStore
     canary: SelfTest
     cost: CostModel | None
@@ -113,6 +115,7 @@ def load_parts(config: EngineConfig, clock: Clock) -> Parts:
             trace=Trace(config.trace, device) if config.trace else None,
             arena=arena,
             host_arena=host_arena,
+            sequences=_sequence_store(config, model, device),
             store=store,
             canary=make_self_tests(backbone, None, tokenizer, texts=("ok",))[0],
             cost=cost,
@@ -135,6 +138,31 @@ def _arenas(config: EngineConfig, model: Model, device: Device) -> tuple[Arena, 
             f"to be had ({error}); lower them"
         ) from error
     return make(budget, memory=memory), make(host_budget, memory=host_memory)
+
+
+def _sequence_store(config: EngineConfig, model: Model, device: Device) -> SequenceStore | None:
+    """Raises ConfigError."""
+    layer = config.sequence_layer or model.config.num_layers // 2
+    if not config.sequence_store_bytes:
+        return None
+    if not 1 <= layer <= model.config.num_layers:
+        raise ConfigError(f"sequence_layer is {layer}; the backbone has {model.config.num_layers} layers")
+    try:
+        return SequenceStore(
+            layer=layer,
+            width=model.config.hidden_size,
+            dtype=model.dtype,
+            fingerprint=model.fingerprint,
+            num_bytes=config.sequence_store_bytes,
+            disk_bytes=config.sequence_disk_bytes,
+            disk=Path(config.store),
+            pinned=device.pinned if device.runs_ahead else None,
+        )
+    except (OSError, RuntimeError, MemoryError) as error:
+        raise ConfigError(
+            f"sequence_store_bytes {config.sequence_store_bytes} of memory and sequence_disk_bytes "
+            f"{config.sequence_disk_bytes} in {config.store} are not to be had ({error}); lower them"
+        ) from error
 
 
 def host_budget_bytes(config: EngineConfig, device: torch.device) -> int:

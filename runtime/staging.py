@@ -15,6 +15,7 @@ from queue import SimpleQueue
 import torch
 from torch import Tensor
 
+from runtime.sequence_store import Found, SequenceStore
 from runtime.streams import Device, Event, Stream
 from vbert.batch import PackedRows
 from vbert.model import Model, PackedBatch, SequenceInput
@@ -95,16 +96,26 @@ class Ring:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A packed batch whose rows are on their way. begin, end: of its preparation, on the stream that did it."""
+    """A packed batch whose rows are on their way. begin, end: of its preparation, on the stream that did it. given:
+    states from the sequence store, on the device. found: what the store said of the sequences."""
 
     batch: PackedBatch
     begin: Event
     end: Event
     ring: Ring
     staging: Staging | None
+    given: Tensor | None = None
+    found: Found | None = None
 
     def word_rows(self, stream: Stream) -> Tensor | None:
         return None if self.staging is None else self.staging.rows(stream)
+
+    def given_rows(self, stream: Stream) -> Tensor:
+        """[n, H] states of stored sequences; what is issued to `stream` from now on begins after they have arrived."""
+        assert self.given is not None
+        stream.wait(self.end)
+        stream.uses(self.given)
+        return self.given
 
     @contextmanager
     def read_by(self, stream: Stream) -> Iterator[None]:
@@ -124,15 +135,44 @@ class Prepared:
 class Preparer:
     """Packs and gathers on the thread that calls it, and sends on one stream. source None: forwards look up."""
 
-    def __init__(self, model: Model, source: RowSource | None, ring: Ring, stream: Stream) -> None:
-        self._model, self._source, self._ring, self._stream = model, source, ring, stream
+    def __init__(
+        self,
+        model: Model,
+        source: RowSource | None,
+        ring: Ring,
+        device: Device,
+        stream: Stream,
+        store: SequenceStore | None = None,
+    ) -> None:
+        self._model, self._source, self._ring = model, source, ring
+        self._device, self._stream, self._store = device, stream, store
 
-    def __call__(self, sequences: Sequence[SequenceInput]) -> Prepared:
-        """Raises what packing or the source raises, with no buffer taken."""
+    def __call__(self, sequences: Sequence[SequenceInput], *, plain: bool = False) -> Prepared:
+        """plain: nothing from the sequence store. Raises what packing or the source raises, with no buffer taken."""
         begin = self._stream.record()
-        batch = self._model.pack(sequences)
-        staging = self._filled(batch.rows) if self._source is not None else None
-        return Prepared(batch, begin, self._stream.record(), self._ring, staging)
+        found = None if plain or self._store is None else self._store.find(sequences, pin=self._device.runs_ahead)
+        batch = self._packed(sequences, found)
+        given = None if found is None else self._sent(found.rows)
+        entering = batch.entering
+        staging = self._filled(entering.rows) if self._source is not None and entering is not None else None
+        return Prepared(batch, begin, self._stream.record(), self._ring, staging, given, found)
+
+    def _packed(self, sequences: Sequence[SequenceInput], found: Found | None) -> PackedBatch:
+        if found is None or self._store is None:
+            return self._model.pack(sequences)
+        shares = [key is not None for key in found.keys]
+        return self._model.pack_joined(
+            sequences, self._store.layer, first=found.first, given=found.given, shares=shares
+        )
+
+    def _sent(self, rows: Tensor) -> Tensor:
+        """Rows in pinned memory, which `Found` keeps alive, to a device that is not the host."""
+        if not self._device.runs_ahead:
+            return rows
+        with self._stream.current():
+            there = torch.empty(rows.shape, dtype=rows.dtype, device=self._model.device)
+        self._stream.copy(there, rows)
+        return there
 
     def _filled(self, rows: PackedRows) -> Staging:
         assert self._source is not None

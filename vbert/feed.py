@@ -13,7 +13,16 @@ class Feed(Protocol):
     """Answers on the thread that runs the forward. On CUDA nothing here blocks it: the compute stream waits instead."""
 
     def word_rows(self) -> Tensor | None:
-        """[T, H] on the model's device and in its dtype, in place of the word-embedding look-up; None: look up."""
+        """[T, H] on the model's device and in its dtype, in place of the word-embedding look-up; None: look up.
+        For a batch with a junction: of what enters the lowest layer."""
+        ...
+
+    def given_rows(self) -> Tensor:
+        """[n, H] on the model's device: the states that a junction was promised."""
+        ...
+
+    def keep(self, rows: Tensor) -> None:
+        """[n, H] on the model's device: the computed states that a junction wants kept. They are the feed's own."""
         ...
 
     def before_layer(self, i: int) -> None:

@@ -18,7 +18,7 @@ from vbert.formats.transformers_folder import Backbone
 from vbert.graphs import HiddenGraphs, capture_on_cuda
 from vbert.heads import run_heads
 from vbert.kernels.cuda import check_available, cupy_is_installed
-from vbert.packing import PackedBatch, SequenceInput
+from vbert.packing import PackedBatch, SequenceInput, pack_joined
 from vbert.rows import RowSource
 from vbert.tenant import Dense
 from vbert.workspace import Workspace
@@ -92,18 +92,33 @@ class Model:
     def pack(self, sequences: Sequence[SequenceInput]) -> PackedBatch:
         return PackedBatch.build(sequences, self.config, self.embed_head)
 
+    def pack_joined(
+        self,
+        sequences: Sequence[SequenceInput],
+        layer: int,
+        *,
+        first: Sequence[int],
+        given: Sequence[int],
+        shares: Sequence[bool],
+    ) -> PackedBatch:
+        """As vbert.packing.pack_joined."""
+        return pack_joined(
+            sequences, self.config, self.embed_head, layer=layer, first=first, given=given, shares=shares
+        )
+
     @torch.inference_mode()
     def hidden(self, batch: PackedBatch, feed: Feed | None = None) -> Tensor:
         """Last hidden states in packed order, [T, H]. Any number of threads may call it; on a GPU, of one stream."""
         feed = feed or _Nothing()
         word_rows = feed.word_rows()
         everything = partial(self._wait_for_all, feed)
-        if self._graphs is not None and word_rows is None and (graph := self._graphs.find(batch, everything)):
+        plain = word_rows is None and batch.junction is None
+        if self._graphs is not None and plain and (graph := self._graphs.find(batch, everything)):
             everything()  # a graph cannot wait inside
             return graph.run(batch)
-        if word_rows is None:
-            word_rows = self.encoder.mapped_words(batch.rows)
-        elif word_rows.is_cuda:
+        if word_rows is None and batch.entering is not None:
+            word_rows = self.encoder.mapped_words(batch.entering.rows)
+        elif word_rows is not None and word_rows.is_cuda:
             word_rows.record_stream(torch.cuda.current_stream(self.device))  # made on another
         try:
             space = self._spaces.pop()
@@ -147,10 +162,28 @@ class Model:
     ) -> Tensor:
         """All layers of a batch whose tensors are on the model's device."""
         feed = feed or _Nothing()
-        attention = self.encoder.attention(batch.rows)
+        if (junction := batch.junction) is None:
+            hidden = self._embedded(batch, feed, word_rows)
+            return self._through(range(self.config.num_layers), batch, hidden, space, feed)
+        if junction.lower is None:
+            hidden = feed.given_rows()
+        else:
+            hidden = self._embedded(junction.lower, feed, word_rows)
+            hidden = self._through(range(junction.layer), junction.lower, hidden, space, feed)
+            if len(junction.kept):
+                feed.keep(hidden.index_select(0, junction.kept))
+            if junction.num_given:
+                hidden = torch.cat([hidden, feed.given_rows()])
+        hidden = hidden.index_select(0, junction.source)
+        return self._through(range(junction.layer, self.config.num_layers), batch, hidden, space, feed)
+
+    def _embedded(self, batch: PackedBatch, feed: Feed, word_rows: Tensor | None) -> Tensor:
         feed.before_layer(EMBEDDING_LAYER)
-        hidden = self.encoder.embed(batch.rows, batch.deltas, word_rows)
-        for i in range(self.config.num_layers):
+        return self.encoder.embed(batch.rows, batch.deltas, word_rows)
+
+    def _through(self, layers: range, batch: PackedBatch, hidden: Tensor, space: Workspace, feed: Feed) -> Tensor:
+        attention = self.encoder.attention(batch.rows)
+        for i in layers:
             feed.before_layer(i)
             hidden = self.encoder.layer(i, hidden, attention, batch.deltas, space)
         return hidden
@@ -161,6 +194,12 @@ class _Nothing:
 
     def word_rows(self) -> None:
         return None
+
+    def given_rows(self) -> Tensor:
+        raise ShapeError("a batch with a junction needs a feed that gives its states")
+
+    def keep(self, rows: Tensor) -> None:
+        pass
 
     def before_layer(self, i: int) -> None:
         pass

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from vbert.arena import ResidentTenant
 from vbert.batch import PackedRows, copy_integers
@@ -13,16 +16,36 @@ from vbert.config import EncoderConfig
 from vbert.deltas import BatchDeltas
 from vbert.tenant import Head
 
-__all__ = ["PackedBatch", "SequenceInput"]
+__all__ = ["Junction", "PackedBatch", "SequenceInput", "pack_joined"]
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceInput:
-    """One tokenised sequence and who it is for; tenant None: the bare backbone with its own embedding head."""
+    """One tokenised sequence and who it is for; tenant None: the bare backbone with its own embedding head.
+
+    scope: who may share what its lower layers give, see runtime/sequence_store.py; None: nobody does.
+    """
 
     token_ids: Sequence[int]
     type_ids: Sequence[int]
     tenant: ResidentTenant | None = None
+    scope: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Junction:
+    """Where other rows come up from the lower layers than go on: sequences are computed once, or their states given.
+
+    layer: the first that all rows of the batch go through. lower: what is computed below it, if anything. source: [T],
+    for each row of the batch its row among those of `lower` with the given ones after them. kept: [n], rows of `lower`
+    that others may want later. Both int64, on a GPU int32.
+    """
+
+    layer: int
+    lower: PackedBatch | None
+    num_given: int
+    source: Tensor
+    kept: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +60,7 @@ class PackedBatch:
     heads: tuple[Head, ...]
     order: tuple[int, ...]
     tenants: tuple[ResidentTenant, ...]  # distinct
+    junction: Junction | None = None
 
     @classmethod
     def build(cls, sequences: Sequence[SequenceInput], config: EncoderConfig, embed_head: Head) -> PackedBatch:
@@ -55,6 +79,11 @@ class PackedBatch:
             tenants=tuple(t for t in tenants if t is not None),
         )
 
+    @property
+    def entering(self) -> PackedBatch | None:
+        """What goes through the embeddings and the lowest layers."""
+        return self if self.junction is None else self.junction.lower
+
     def on(self, device: torch.device, *, buckets: bool) -> PackedBatch:
         """The same batch for a GPU: its integers there, in one copy on the current stream that nobody waits for.
 
@@ -68,7 +97,53 @@ class PackedBatch:
         rows = self.rows.moved(there, buckets=buckets)
         for own in segments:
             own.use_device_blocks(next(there))
-        return replace(self, rows=rows)
+        junction = self.junction
+        if junction is not None:
+            source, kept = copy_integers([junction.source.numpy(), junction.kept.numpy()], device)
+            lower = None if junction.lower is None else junction.lower.on(device, buckets=buckets)
+            junction = replace(junction, lower=lower, source=source, kept=kept)
+        return replace(self, rows=rows, junction=junction)
+
+
+def pack_joined(
+    sequences: Sequence[SequenceInput],
+    config: EncoderConfig,
+    embed_head: Head,
+    *,
+    layer: int,
+    first: Sequence[int],
+    given: Sequence[int],
+    shares: Sequence[bool],
+) -> PackedBatch:
+    """A batch with a junction before `layer`.
+
+    first: [B], the sequence whose lower layers serve each one as well. given: those whose states are at hand, in the
+    order of their rows. shares: [B], whose lower layers are the bare backbone's.
+    """
+    batch = PackedBatch.build(sequences, config, embed_head)
+    lengths = np.array([len(s.token_ids) for s in sequences])
+    at_hand = set(given)
+    computed = [i for i in range(len(sequences)) if first[i] == i and i not in at_hand]
+    begin = np.zeros(len(sequences), np.int64)  # of each sequence that comes up
+    lower, num_rows = None, 0
+    if computed:
+        bare = [replace(sequences[i], tenant=None) if shares[i] else sequences[i] for i in computed]
+        lower = PackedBatch.build(bare, config, embed_head)
+        for j, k in enumerate(lower.order):
+            begin[computed[k]] = lower.rows.cu_seqlens[j]
+        num_rows = int(lower.rows.cu_seqlens[-1])
+    num_given = int(lengths[list(given)].sum())
+    for i in given:
+        begin[i], num_rows = num_rows, num_rows + lengths[i]
+    kept = _ranges(begin, lengths, [i for i in computed if shares[i]])
+    source = _ranges(begin[np.array(first)], lengths, batch.order)
+    return replace(batch, junction=Junction(layer, lower, num_given, source, kept))
+
+
+def _ranges(begin: NDArray[np.int64], lengths: NDArray[np.int64], chosen: Sequence[int]) -> Tensor:
+    """The numbers begin[i] ... begin[i] + lengths[i] - 1 of every chosen i, one after the other."""
+    parts = [np.arange(begin[i], begin[i] + lengths[i]) for i in chosen]
+    return torch.from_numpy(np.concatenate(parts) if parts else np.empty(0, np.int64))
 
 
 def _packing_key(tenant: ResidentTenant | None) -> tuple[str, str]:

@@ -1,0 +1,321 @@
+"""Hidden states of whole token sequences after the lower layers, kept for those who send the same text again.
+
+What the layers below L compute is the same for every tenant whose lowest delta lies at L or above. Entries are found
+by a hash of its token and type ids that is keyed with a secret of the store, and the ids themselves are compared: no
+collision, chosen or not, ever gives the states of another text. Rows are kept in the model's dtype, so that an answer
+is as near to a computed one as two batches are to each other.
+
+Rows lie one by one in a pool, so entries of any length leave no gaps. What leaves memory may go to a file (`disk`),
+which has no name and ends with the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from runtime.admission import Sketch
+from vbert.errors import ConfigError
+from vbert.kernels.gather_rows import gather_rows
+from vbert.packing import SequenceInput
+
+__all__ = ["Found", "SequenceStore", "StoreCounts"]
+
+ENTRY_BYTES = 400  # of an entry beside its rows: ids, row numbers, hash, and Python's objects for them
+_ID_BYTES = 16  # a token: id, type id, row number
+_TYPICAL_TOKENS = 16  # for the size of the sketch
+
+
+@dataclass(slots=True)
+class StoreCounts:
+    """Since the start. hits, misses: sequences looked up; shared: computed once for several of a batch."""
+
+    hits: int = 0
+    misses: int = 0
+    shared: int = 0
+    disk_hits: int = 0
+    inserted: int = 0
+    refused: int = 0
+    evicted: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Found:
+    """What a store knows of the sequences of a batch.
+
+    keys: [B], None for a sequence that has no part in it. first: [B], the first sequence with the same lower layers.
+    given: sequences whose states are stored, ascending. rows: [n, H], their states one after the other.
+    """
+
+    keys: list[bytes | None]
+    first: list[int]
+    given: list[int]
+    rows: Tensor
+
+    @property
+    def missing(self) -> list[int]:
+        """Sequences whose lower layers are computed for others, too, or for later: each once, ascending."""
+        given = set(self.given)
+        return [i for i, key in enumerate(self.keys) if key is not None and self.first[i] == i and i not in given]
+
+    @property
+    def is_useful(self) -> bool:
+        """Whether anything need not be computed."""
+        return bool(self.given) or any(first != i for i, first in enumerate(self.first))
+
+
+class SequenceStore:
+    """Any thread may look up, insert and read counts."""
+
+    def __init__(
+        self,
+        *,
+        layer: int,
+        width: int,
+        dtype: torch.dtype,
+        fingerprint: str,
+        num_bytes: int,
+        disk_bytes: int = 0,
+        disk: Path | None = None,
+        pinned: Callable[[int], Tensor] | None = None,
+    ) -> None:
+        """States of `width` numbers that enter layer `layer`, in at most `num_bytes` of memory and `disk_bytes` of a
+        file in the folder `disk`. pinned: host memory that a GPU reads. Raises ConfigError when a row does not fit,
+        OSError.
+        """
+        row_bytes = width * dtype.itemsize
+        num_rows = (num_bytes - ENTRY_BYTES) // (row_bytes + _ID_BYTES)
+        if num_rows < 1:
+            raise ConfigError(
+                f"the sequence store has {num_bytes} bytes and one token takes {row_bytes + _ID_BYTES + ENTRY_BYTES}; "
+                "give it more, or 0 for none"
+            )
+        self.layer, self.dtype = layer, dtype
+        self.counts = StoreCounts()
+        flat = torch.empty(num_rows * row_bytes, dtype=torch.uint8) if pinned is None else pinned(num_rows * row_bytes)
+        disk_rows = disk_bytes // (row_bytes + _ID_BYTES) if disk is not None else 0
+        sketch = Sketch((num_rows + disk_rows) // _TYPICAL_TOKENS)
+        self._tiers = [_Tier(flat.view(dtype).view(num_rows, width), num_bytes, sketch)]
+        if disk is not None and disk_rows:
+            self._tiers.append(_Tier(_mapped_rows(disk, disk_rows, width, dtype), disk_bytes, sketch))
+        self._sketch = sketch
+        self._key = secrets.token_bytes(32)
+        self._about = f"{fingerprint} {layer} {dtype}".encode()
+        self._lock = threading.Lock()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of memory that is used, an entry's ids and the like included."""
+        return self._tiers[0].num_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """Of the file, as `num_bytes` counts."""
+        return sum(tier.num_bytes for tier in self._tiers[1:])
+
+    @property
+    def num_entries(self) -> int:
+        """In memory."""
+        return len(self._tiers[0].entries)
+
+    def salt(self, tenant: str) -> bytes:
+        """The scope of a tenant that shares with nobody."""
+        return hashlib.blake2b(tenant.encode(), digest_size=16, key=self._key).digest()
+
+    def takes(self, sequence: SequenceInput) -> bool:
+        """Whether the lower layers of a sequence are those of the bare backbone, and may be kept."""
+        if sequence.scope is None:
+            return False
+        lowest = None if sequence.tenant is None else sequence.tenant.header.lowest_layer
+        return lowest is None or lowest >= self.layer
+
+    def find(self, sequences: Sequence[SequenceInput], *, pin: bool = False) -> Found | None:
+        """What is known of the sequences of a batch; None: no sequence takes part. pin: rows for a copy to a GPU."""
+        taking_part = [self.takes(sequence) for sequence in sequences]
+        if not any(taking_part):
+            return None
+        ids = [_ids(s) if takes else b"" for s, takes in zip(sequences, taking_part, strict=True)]
+        keys = [self._hash(i, s.scope) if i else None for i, s in zip(ids, sequences, strict=True)]
+        first, given = list(range(len(sequences))), []
+        entries: list[tuple[_Tier, _Entry]] = []
+        seen: dict[tuple[bytes, bytes | None], int] = {}
+        with self._lock:
+            for i, key in enumerate(keys):
+                if key is None:
+                    continue
+                self._sketch.add(key)
+                first[i] = seen.setdefault((ids[i], sequences[i].scope), i)
+                if first[i] != i:
+                    self.counts.shared += 1
+                elif (entry := self._entry(key, ids[i])) is not None:
+                    given.append(i)
+                    entries.append(entry)
+                else:
+                    self.counts.misses += 1
+            self.counts.hits += len(given)
+            rows = self._gathered(entries, pin)
+            self._promote([(keys[i], *entry) for i, entry in zip(given, entries, strict=True)])
+        return Found(keys=keys, first=first, given=given, rows=rows)
+
+    def insert(self, found: Found, sequences: Sequence[SequenceInput], rows: Tensor) -> None:
+        """Keep computed states: rows [n, H] of the sequences `found.missing`, one after the other, in host memory."""
+        begin = 0
+        with self._lock:
+            for i in found.missing:
+                end = begin + len(sequences[i].token_ids)
+                key = found.keys[i]
+                assert key is not None
+                if not any(key in tier.entries for tier in self._tiers):  # another batch may have been faster
+                    inserted = self._insert(key, _ids(sequences[i]), rows[begin:end], self._tiers)
+                    self.counts.inserted += inserted
+                    self.counts.refused += not inserted
+                begin = end
+
+    # ---- under the lock --------------------------------------------------------------------------------------------
+
+    def _entry(self, key: bytes, ids: bytes) -> tuple[_Tier, _Entry] | None:
+        """The entry of these ids, if they are stored under the key."""
+        for tier in self._tiers:
+            if (entry := tier.entries.get(key)) is not None and entry.ids == ids:
+                tier.entries.move_to_end(key)
+                self.counts.disk_hits += tier is not self._tiers[0]
+                return tier, entry
+        return None
+
+    def _gathered(self, entries: Sequence[tuple[_Tier, _Entry]], pin: bool) -> Tensor:
+        width = self._tiers[0].rows.shape[1]
+        out = torch.empty(sum(len(entry.rows) for _, entry in entries), width, dtype=self.dtype, pin_memory=pin)
+        begin = 0
+        for tier, entry in entries:
+            end = begin + len(entry.rows)
+            gather_rows(tier.rows, torch.from_numpy(entry.rows), out=out[begin:end])
+            begin = end
+        return out
+
+    def _promote(self, found: Sequence[tuple[bytes | None, _Tier, _Entry]]) -> None:
+        """What is asked for more often than the least of memory comes back from disk."""
+        for key, tier, entry in found:
+            if key is not None and tier is not self._tiers[0] and key in tier.entries:
+                self._insert(key, entry.ids, tier.read(entry), self._tiers[:1])
+
+    def _insert(self, key: bytes, ids: bytes, states: Tensor, tiers: Sequence[_Tier]) -> bool:
+        """Into the first tier where it is worth more than what it replaces. Whether there is one."""
+        for tier in tiers:
+            if (victims := tier.victims(key, len(states))) is None:
+                continue
+            for lower in self._tiers:
+                lower.drop(key)
+            for victim in victims:
+                self._evict(victim, tier)
+            tier.put(key, ids, states)
+            return True
+        return False
+
+    def _evict(self, key: bytes, tier: _Tier) -> None:
+        """An entry of memory goes to disk, if it is worth more there than what it replaces."""
+        self.counts.evicted += tier is self._tiers[0]
+        entry = tier.entries[key]
+        below = self._tiers[1:] if tier is self._tiers[0] else []
+        states = tier.read(entry) if below else None
+        tier.drop(key)
+        if states is not None:
+            self._insert(key, entry.ids, states, below)
+
+    def _hash(self, ids: bytes, scope: bytes | None) -> bytes:
+        hashed = hashlib.blake2b(self._about, digest_size=16, key=self._key)
+        hashed.update(b"\0" + (scope or b"") + b"\0")
+        hashed.update(ids)
+        return hashed.digest()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Entry:
+    ids: bytes
+    rows: NDArray[np.int64]  # in its tier
+
+
+class _Tier:
+    """Rows [N, H] with an owner or free, and the entries that own them, the longest unused first."""
+
+    def __init__(self, rows: Tensor, max_bytes: int, sketch: Sketch) -> None:
+        self.rows, self.used = rows, 0
+        self.entries: OrderedDict[bytes, _Entry] = OrderedDict()
+        self._max_bytes, self._sketch = max_bytes, sketch
+        self._token_bytes = rows.shape[1] * rows.dtype.itemsize + _ID_BYTES
+        self._returned: list[NDArray[np.int64]] = []
+        self._fresh = 0  # rows from here on were never used: address space only
+
+    @property
+    def num_bytes(self) -> int:
+        return self.used * self._token_bytes + len(self.entries) * ENTRY_BYTES
+
+    def read(self, entry: _Entry) -> Tensor:
+        """A copy."""
+        return self.rows[torch.from_numpy(entry.rows)]
+
+    def victims(self, key: bytes, num_rows: int) -> list[bytes] | None:
+        """Entries that make room for a new one; None: they are asked for as often as it, or there are too few."""
+        missing = self.num_bytes + num_rows * self._token_bytes + ENTRY_BYTES - self._max_bytes
+        victims: list[bytes] = []
+        worth, wanted = 0, self._sketch.count(key)
+        for victim, entry in self.entries.items():
+            if missing <= 0:
+                break
+            worth += self._sketch.count(victim)
+            if worth >= wanted:
+                return None
+            victims.append(victim)
+            missing -= len(entry.rows) * self._token_bytes + ENTRY_BYTES
+        return victims if missing <= 0 else None
+
+    def put(self, key: bytes, ids: bytes, states: Tensor) -> None:
+        """There is room: bytes enough for another entry always are rows enough."""
+        taken = self._take(len(states))
+        self.rows.index_copy_(0, torch.from_numpy(taken), states)
+        self.entries[key] = _Entry(ids, taken)
+
+    def drop(self, key: bytes) -> None:
+        if (entry := self.entries.pop(key, None)) is not None:
+            self._returned.append(entry.rows)
+            self.used -= len(entry.rows)
+
+    def _take(self, count: int) -> NDArray[np.int64]:
+        parts: list[NDArray[np.int64]] = []
+        missing = count
+        while missing and self._returned:
+            rows = self._returned.pop()
+            if len(rows) > missing:
+                self._returned.append(rows[missing:])
+                rows = rows[:missing]
+            parts.append(rows)
+            missing -= len(rows)
+        parts.append(np.arange(self._fresh, self._fresh + missing))
+        self._fresh += missing
+        self.used += count
+        return np.concatenate(parts)
+
+
+def _mapped_rows(folder: Path, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """[N, H] in a file without a name, which ends when nobody maps it any more. Raises OSError where there is no room:
+    now, since writing to a mapped file that cannot grow would end the process."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, num_rows * width * dtype.itemsize)
+        mapped = np.memmap(file, dtype=np.uint8, mode="r+")
+    return torch.from_numpy(mapped).view(dtype).view(num_rows, width)
+
+
+def _ids(sequence: SequenceInput) -> bytes:
+    """Token and type ids, in as many bytes as tokens of a kind: no two sequences have the same."""
+    return np.array([sequence.token_ids, sequence.type_ids], np.int32).tobytes()
