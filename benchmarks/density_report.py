@@ -55,7 +55,8 @@ def _serving(rows: list[Row]) -> tuple[list[str], list[list[object]]]:
     for (*case, budget), seen in cells.items():
         zipf, full = seen["zipf"], cells.get((*case, 1.0), {}).get("zipf")
         ratio = "-" if full is None else f"{zipf['requests_per_s'] / full['requests_per_s']:.2f}x"
-        speeds = [seen[n]["requests_per_s"] for n in ("first round", "distinct", "uniform", "zipf", "identical")]
+        patterns = ("first round", "distinct", "uniform", "zipf", "identical")
+        speeds = [seen[name]["requests_per_s"] if name in seen else "-" for name in patterns]
         latency = [zipf["p50_ms"], zipf["p99_ms"], zipf["load_p50_ms"] or "-", zipf["start_s"]]
         body.append([*case, f"{budget:.0%}", *speeds, ratio, f"{zipf['hit_rate']:.2f}", *latency])
     header = [
