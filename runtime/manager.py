@@ -259,6 +259,8 @@ class Manager:
         host = None if self.through is None else self.through.host
         known = self.files.header(digest)
         header = await run(self.lane, read_header, path) if known is None else known
+        if not patient and not self._is_free(header):
+            raise _NoRoom
         source = None if host is None else await host.take(digest, header)
         try:
             reservation = await self._reserve(header, digest) if patient else self._reserve_free(header, digest)
@@ -288,9 +290,12 @@ class Manager:
         if self.through is not None:
             self.through.host.leave(digest)
 
+    def _is_free(self, header: TenantHeader) -> bool:
+        """Whether nobody has to make room for the module, and nobody waits for room."""
+        return not self._room.locked() and self._missing(self.arena.num_bytes(header)) <= 0
+
     def _reserve_free(self, header: TenantHeader, digest: str) -> Reservation:
-        fits = not self._room.locked() and self._missing(self.arena.num_bytes(header)) <= 0
-        reservation = self.arena.reserve(header, digest) if fits else None
+        reservation = self.arena.reserve(header, digest) if self._is_free(header) else None
         if reservation is None:
             raise _NoRoom
         self._bytes.update(reservation.bytes_by_kind)

@@ -103,3 +103,16 @@ async def test_a_class_makes_way_for_another(serving, factory):
         assert (await engine.classify("other", TEXTS)).tenant == "other"
         assert (await engine.classify("small0", TEXTS)).tenant == "small0"
         assert (await quiet(engine)).evictions > before.evictions
+
+
+async def test_a_prefetch_that_finds_no_room_on_the_device_reads_nothing(serving, factory):
+    modules = {f"t{i}": factory.tenant("lora") for i in range(60)}
+    async with serving(module_budget_bytes=MIB // 4, host_budget_bytes=8 * MIB) as engine:
+        for tenant, module in modules.items():
+            await add(engine, tenant, module)
+        here = await engine.prefetch(modules)
+        now = await quiet(engine)
+        assert 0 < sum(here.values()) == now.resident_modules < 60
+        assert (
+            len(engine._core.manager.through.host._modules) <= now.resident_modules + 16
+        )  # those on their way at once
