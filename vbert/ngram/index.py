@@ -72,7 +72,7 @@ def find_rows(keys: Keys, index: Keys) -> Rows:
 
 
 def look_up(keys: Keys, index: Keys, depth: int = 3) -> tuple[Rows, NDArray[np.uint8]]:
-    """The longest stored n-gram around each token: the tri-gram itself, the bi-gram with the right neighbour, the token.
+    """The longest stored n-gram around each token: the tri-gram, the bi-gram with the right neighbour, or the token.
 
     depth: tokens of the shortest n-gram that will do: 3 takes what is exact only, 1 backs off to single tokens.
     Returns: [T] rows, -1 where there is none; [T] 3 for the key itself, 2 for it without the left neighbour, 1 without

@@ -1,0 +1,249 @@
+"""A file of n-gram representations: mapped, not read, so that opening takes no time, and memory only popular rows.
+
+It is a safetensors file: `index` [C, 2] (vbert/ngram/index.py), `counts` [N] (how often each n-gram was seen, for
+pruning and merging), `rows` [N, 3, H] float16, or int8 with `scales` [N, 3]; the most frequent n-grams first. Its
+header has the fingerprint of the skip backbone that made the rows. A file never changes: a new version takes its name.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import mmap
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vbert.errors import ConfigError, CorruptFile, ShapeError, WrongBackbone
+from vbert.kernels.rows import as_rows, load, store
+from vbert.ngram.index import Keys, Rows, build_index, look_up
+
+__all__ = ["NgramTable", "TableWriter"]
+
+_FORMAT = "vbert.ngrams.1"
+_MAX_HEADER_BYTES = 1 << 16
+_DTYPES = {"F16": torch.float16, "I8": torch.int8, "F32": torch.float32, "U64": torch.uint64, "U32": torch.uint32}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_ROW_DTYPES = (torch.float16, torch.int8)
+_AGAIN = "build it again"
+
+
+class NgramTable:
+    """Entries of one file. Any thread may read; the GIL is released meanwhile."""
+
+    def __init__(self, path: str | os.PathLike[str], fingerprint: str) -> None:
+        """Raises OSError; CorruptFile for a file that is cut or no table; WrongBackbone."""
+        self.path = Path(path)
+        with self.path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            try:
+                # private: torch wants writable memory, and nothing that writes here would reach the file
+                memory = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            except ValueError as error:  # an empty file
+                raise CorruptFile(f"the n-gram table {path} is empty; {_AGAIN}") from error
+        memory.madvise(mmap.MADV_RANDOM)
+        about, tensors = _parse(memory, size, self.path)
+        if about["fingerprint"] != fingerprint:
+            raise WrongBackbone(
+                f"the n-gram table {path} was made by backbone {about['fingerprint'][:23]}, this one is "
+                f"{fingerprint[:23]}; {_AGAIN} with this one"
+            )
+        self._index: Keys = tensors["index"].numpy()
+        self.counts, self.rows, self._scales = tensors["counts"], tensors["rows"], tensors.get("scales")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def width(self) -> int:
+        return self.rows.shape[2]
+
+    @property
+    def keys(self) -> Keys:
+        """[N] of all entries, in the order of their rows. Reads the whole index. Raises CorruptFile."""
+        taken = self._index[self._index[:, 0] != 0]
+        if len(taken) != len(self) or (np.sort(taken[:, 1]) != np.arange(len(self))).any():
+            raise CorruptFile(f"the index of {self.path} does not fit its {len(self)} rows; {_AGAIN}")
+        keys = np.empty(len(self), np.uint64)
+        keys[taken[:, 1].astype(np.int64)] = taken[:, 0]
+        return keys
+
+    def look_up(self, keys: Keys, depth: int = 3) -> tuple[Rows, NDArray[np.uint8]]:
+        """As vbert.ngram.index.look_up. Raises CorruptFile rather than give a row that is not there."""
+        rows, kept = look_up(keys, self._index, depth)
+        if len(rows) and int(rows.max()) >= len(self):
+            raise CorruptFile(f"the index of {self.path} names a row beyond its {len(self)}; {_AGAIN}")
+        return rows, kept
+
+    def gather(self, rows: Rows, out: Tensor) -> None:
+        """Fill out [n, 3, H], float32 or bfloat16 in host memory; what has row -1 is left as it is."""
+        if out.shape != (len(rows), 3, self.width) or not out.is_contiguous():
+            raise ShapeError(f"{len(rows)} rows [3, {self.width}] do not fit {list(out.shape)}")
+        flat, _ = as_rows(out.view(len(rows), -1))
+        if self._scales is None:
+            _gather_half(self.rows.view(torch.int16).numpy().reshape(-1), rows, flat, 3 * self.width)
+        else:
+            _gather_scaled(self.rows.numpy().reshape(-1), self._scales.numpy().reshape(-1), rows, flat, self.width)
+
+
+class TableWriter:
+    """Writes a table row by row, under its name at once when all are there, or not at all.
+
+    `with TableWriter(...) as writer: writer.add(rows)`. One process at a time makes the file of a name.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        fingerprint: str,
+        keys: Keys,
+        counts: NDArray[np.uint32],
+        width: int,
+        dtype: torch.dtype = torch.float16,
+        about: Mapping[str, str] | None = None,
+    ) -> None:
+        """keys, counts: [N] of all rows to come, distinct, the most frequent first. about: more for the header, which
+        nobody interprets. Raises ConfigError for a dtype that is not float16 or int8, ShapeError."""
+        if dtype not in _ROW_DTYPES:
+            raise ConfigError(f"n-gram rows are float16 or int8, not {dtype}")
+        if len(counts) != len(keys):
+            raise ShapeError(f"{len(counts)} counts do not fit {len(keys)} keys")
+        self._path, self._dtype, self._width = Path(path), dtype, width
+        self._index = build_index(keys)
+        self._counts, self._missing = counts.astype(np.uint32), len(keys)
+        self._scales = np.empty((len(keys) if dtype == torch.int8 else 0, 3), np.float32)
+        self._about = {**(about or {}), "format": _FORMAT, "fingerprint": fingerprint}
+
+    def __enter__(self) -> Self:
+        """Raises ConfigError when another process makes this file; OSError."""
+        with ExitStack() as undo:
+            lock = os.open(self._path.with_name(f".{self._path.name}.lock"), os.O_CREAT | os.O_RDWR, 0o600)
+            undo.callback(os.close, lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ConfigError(
+                    f"another process is writing {self._path}; wait for it, or give another name"
+                ) from error
+            descriptor, part = tempfile.mkstemp(suffix=".part", dir=self._path.parent)
+            self._part = Path(part)
+            undo.callback(self._part.unlink, missing_ok=True)
+            self._file = undo.enter_context(os.fdopen(descriptor, "wb"))
+            self._write_head()
+            self._undo = undo.pop_all()
+        return self
+
+    def add(self, rows: Tensor) -> None:
+        """The next rows, [n, 3, H] floats in host memory. Raises ShapeError, OSError."""
+        if rows.shape[1:] != (3, self._width) or len(rows) > self._missing:
+            raise ShapeError(f"rows {list(rows.shape)} do not fit [at most {self._missing}, 3, {self._width}]")
+        if self._dtype == torch.int8:
+            rows = rows.float()
+            scales = rows.abs().amax(2).clamp_min(1e-12) / 127
+            first = len(self._counts) - self._missing
+            self._scales[first : first + len(rows)] = scales.numpy()
+            rows = (rows / scales.unsqueeze(2)).round()
+        self._file.write(rows.to(self._dtype).contiguous().numpy().tobytes())
+        self._missing -= len(rows)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Raises ShapeError when rows are missing, OSError; then the file of that name is as it was."""
+        with self._undo:
+            if kind is not None:
+                return
+            if self._missing:
+                raise ShapeError(f"{self._missing} rows of {self._path} are missing")
+            self._file.write(self._scales.tobytes())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            os.rename(self._part, self._path)
+
+    def _write_head(self) -> None:
+        """Header, index and counts: what is known before the first row."""
+        count, row_bytes = len(self._counts), 3 * self._width * self._dtype.itemsize
+        parts: list[tuple[str, torch.dtype, tuple[int, ...], int]] = [
+            ("index", torch.uint64, self._index.shape, self._index.nbytes),
+            ("counts", torch.uint32, (count,), self._counts.nbytes),
+            ("rows", self._dtype, (count, 3, self._width), count * row_bytes),
+        ]
+        if self._dtype == torch.int8:
+            parts.append(("scales", torch.float32, (count, 3), self._scales.nbytes))
+        header: dict[str, Any] = {"__metadata__": self._about}
+        offset = 0
+        for name, dtype, shape, num_bytes in parts:
+            header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [offset, offset + num_bytes]}
+            offset += num_bytes
+        text = json.dumps(header).encode()
+        text += b" " * (-(8 + len(text)) % 64)  # the data begins with a cache line
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.write(self._index.tobytes() + self._counts.tobytes())
+
+
+def _parse(memory: mmap.mmap, size: int, path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """What the header says, and the tensors, all of whose bytes are there. Raises CorruptFile."""
+    length = int.from_bytes(memory[:8], "little")
+    try:
+        if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+            raise ValueError(f"a header of {length} bytes in a file of {size}")
+        header = json.loads(memory[8 : 8 + length])
+        about = header.pop("__metadata__")
+        if about["format"] != _FORMAT:
+            raise ValueError(f"format {about['format']!r} is not {_FORMAT}")
+        tensors = {name: _tensor(memory, entry, 8 + length, size) for name, entry in header.items()}
+        index, counts, rows = tensors["index"], tensors["counts"], tensors["rows"]
+        num_rows, places = len(rows), len(index)
+        fits = index.shape == (places, 2) and counts.shape == (num_rows,) and rows.shape == (num_rows, 3, rows.shape[2])
+        if not fits or places & (places - 1) or num_rows > places // 2 or rows.dtype not in _ROW_DTYPES:
+            raise ValueError(f"an index {list(index.shape)} for rows {list(rows.shape)} of {rows.dtype}")
+        if rows.dtype == torch.int8 and tensors["scales"].shape != (num_rows, 3):
+            raise ValueError("int8 rows without their scales")
+        str(about["fingerprint"])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CorruptFile(f"the n-gram table {path} is damaged ({error}); {_AGAIN}") from error
+    return about, tensors
+
+
+def _tensor(memory: mmap.mmap, entry: Mapping[str, Any], data: int, size: int) -> Tensor:
+    dtype, shape = _DTYPES[entry["dtype"]], [int(n) for n in entry["shape"]]
+    begin, end = (data + int(offset) for offset in entry["data_offsets"])
+    count = math.prod(shape)
+    if end - begin != count * dtype.itemsize or begin < data or end > size or min(shape, default=0) < 0:
+        raise ValueError(f"{size} bytes hold no {shape} of {dtype} from {begin} on")
+    if not count:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=begin).view(shape)
+
+
+@numba.njit(nogil=True, cache=True)
+def _gather_half(table, rows, out, width):  # type: ignore[no-untyped-def]
+    for i in range(len(rows)):
+        if rows[i] >= 0:
+            begin, to = np.uint64(rows[i]) * np.uint64(width), np.uint64(i) * np.uint64(width)
+            for h in range(np.uint64(width)):
+                store(out, to + h, load(table[begin + h]))
+
+
+@numba.njit(nogil=True, cache=True)
+def _gather_scaled(table, scales, rows, out, width):  # type: ignore[no-untyped-def]
+    for i in range(len(rows)):
+        if rows[i] >= 0:
+            for s in range(np.uint64(3)):
+                row = np.uint64(rows[i]) * np.uint64(3) + s
+                begin, to = row * np.uint64(width), (np.uint64(i) * np.uint64(3) + s) * np.uint64(width)
+                scale = scales[row]
+                for h in range(np.uint64(width)):
+                    store(out, to + h, np.float32(table[begin + h]) * scale)
