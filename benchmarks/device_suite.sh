@@ -32,7 +32,7 @@ step() {
 pytest=("$python" -m pytest -c /dev/null --rootdir=. --confcutdir=. --import-mode=importlib -q -rs -p no:cacheprovider)
 
 step operators 120 "${pytest[@]}" tests/cuda/test_operators.py --junitxml="$work/operators.xml"
-step model 90 "${pytest[@]}" tests/cuda/test_streams.py tests/cuda/test_model.py --junitxml="$work/model.xml"
+step model 90 "${pytest[@]}" tests/cuda/test_streams.py tests/cuda/test_model.py tests/cuda/test_engine.py --junitxml="$work/model.xml"
 step device 110 "$python" -m benchmarks.device "${quick[@]}"
 step overlap 60 "$python" -m benchmarks.overlap --json --kinds adapter --budgets 0.01 --rounds 3
 # Further benchmarks go here, one step each: what they print as JSON becomes a row of suite.json.
