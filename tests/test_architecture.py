@@ -49,7 +49,7 @@ VBERT_RANKS = (
     {"errors", "config", "tenant", "activations", "batch", "layout", "memory", "workspace", "feed"},
     {"kernels", "header"},
     {"checkpoint", "slot_file"},
-    {"arena", "attention", "rows", "heads", "tokenizer", "formats", "reference", "selftest"},
+    {"arena", "attention", "rows", "heads", "tokenizer", "formats", "reference", "selftest", "ngram"},
     {"peft"},
     {"deltas"},
     {"encoder", "packing"},
