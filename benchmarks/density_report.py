@@ -1,4 +1,5 @@
-"""The tables of `density` in docs/benchmarks.md. A newer result replaces the older rows of the same shape and kind."""
+"""The tables of `density` in docs/benchmarks.md. A newer result replaces older rows of the same shape, kind and number
+of tenants; peers are shown with what was measured in the same run."""
 
 from __future__ import annotations
 
@@ -18,13 +19,21 @@ def tables(
 ) -> dict[str, Callable[[], str]]:
     """By name, as benchmarks/report.py has them; `where` says on which machine a result was measured."""
 
-    def table(rows_of: Callable[[list[Row]], tuple[list[str], list[list[object]]]]) -> Callable[[], str]:
+    def table(
+        rows_of: Callable[[list[Row]], tuple[list[str], list[list[object]]]],
+        counts: Callable[[Row], bool] = lambda _: True,
+    ) -> Callable[[], str]:
+        """counts: rows without which a result is not for this table."""
+
         def render() -> str:
-            found = results("density")
-            newest = {(row["shape"], row["kind"]): result for result in found for row in result["rows"]}
-            rows = [row for result in found for row in result["rows"] if newest[row["shape"], row["kind"]] is result]
+            newest: dict[tuple[Any, ...], Any] = {}
+            for result in results("density"):
+                newest |= {tuple(_case(row)): result for row in result["rows"] if counts(row)}
             used = {id(result): result for result in newest.values()}
-            return "".join(where(result) for result in used.values()) + markdown(*rows_of(rows))
+            rows = [
+                row for result in used.values() for row in result["rows"] if newest.get(tuple(_case(row))) is result
+            ]
+            return "".join(where(result) for result in used.values()) + markdown(*rows_of(sorted(rows, key=_sorting)))
 
         return render
 
@@ -33,7 +42,7 @@ def tables(
         "density_serving": table(_serving),
         "density_first": table(_first),
         "density_memory": table(_memory),
-        "density_peers": table(_peers),
+        "density_peers": table(_peers, lambda row: "kib_per_tenant" in row),
     }
 
 
@@ -96,6 +105,10 @@ def _peers(rows: list[Row]) -> tuple[list[str], list[list[object]]]:
         elif "kib_per_tenant" in row:
             body.append([*_case(row), row["system"], row["requests_per_s"], row["p50_ms"], row["kib_per_tenant"]])
     return [*_CASE, "system", "requests /s", "p50 ms", "KiB a tenant"], body
+
+
+def _sorting(row: Row) -> tuple[Any, ...]:
+    return str(row["shape"]), str(row["kind"]), int(row["tenants"])
 
 
 def _of(rows: list[Row], system: str) -> list[Row]:

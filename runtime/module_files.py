@@ -43,7 +43,7 @@ class ModuleFiles:
         return known is not None and known[1] is not None and known[1] == _stamp(found)
 
     def verified(self, digest: str, header: TenantHeader, found: os.stat_result) -> None:
-        """The file had these bytes, read after the file system described it so."""
+        """The file had these bytes when the file system described it so."""
         settled = self.now_ns() - found.st_ctime_ns >= _SETTLED_NS
         with self._adding:
             if settled or not self.unchanged(digest, found):

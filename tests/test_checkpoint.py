@@ -149,6 +149,18 @@ def test_sparse_indices_outside_the_matrix_are_refused_at_load(backbone, module,
         arena.fill(reservation, path)
 
 
+def test_a_sparse_tenant_that_was_refused_is_checked_the_next_time_as_well(backbone, module, tmp_path):
+    data = rewrite(write_tenant(module), change_tensors=lambda t: t["delta.sparse.columns"].__setitem__(3, 10_000))
+    (tmp_path / "t").write_bytes(data)
+    files = ModuleFiles(lambda _: tmp_path / "t", now_ns=lambda: 2**62)
+    arena = Arena(backbone.config, backbone.fingerprint, torch.float32, 2**20)
+    for _ in range(2):
+        reservation = arena.reserve(parse_header(data), hashlib.sha256(data).hexdigest())
+        with pytest.raises(CorruptFile, match="column"):
+            arena.fill(reservation, tmp_path / "t", files)
+        arena.release(reservation)
+
+
 def test_an_altered_file_is_refused_at_load(backbone, module, tmp_path):
     data = write_tenant(module)
     path = tmp_path / "t"

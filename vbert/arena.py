@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,8 @@ from vbert.slot_file import Witness, read_into
 from vbert.tenant import Head, SelfTest
 
 __all__ = ["Arena", "ArenaClass", "Reservation", "ResidentTenant"]
+
+_LAYOUTS_KEPT = 4096
 
 
 class ArenaClass:
@@ -84,17 +87,17 @@ class ArenaClass:
             parts["delta.sparse.row_starts"] = self.row_starts[slot]
         return parts
 
-    def settle(self, slot: int, layout: SlotLayout, config: EncoderConfig) -> None:
-        """Finish a slot that was just read: check a sparse one, and let its row starts count from the slot's start.
-
-        Raises CorruptFile.
+    def settle(self, slot: int, layout: SlotLayout, config: EncoderConfig, *, checked: bool) -> None:
+        """Finish a slot that was just read: let row starts of a sparse one count from the slot's start, after they were
+        checked, unless they are the same as when they were `checked` before. Raises CorruptFile.
         """
         if self.columns is None or self.row_starts is None:
             return
         starts = self.row_starts[slot]
-        check_sparse(layout, self.columns[slot, : layout.numel], starts, config)
-        offsets = [torch.full((int(e.variant) + 1,), e.offset, dtype=torch.int32) for e in layout.entries]
-        starts += torch.cat(offsets)
+        if not checked:
+            check_sparse(layout, self.columns[slot, : layout.numel], starts, config)
+        offsets, counts = zip(*((e.offset, int(e.variant) + 1) for e in layout.entries), strict=True)
+        starts += torch.from_numpy(np.repeat(np.array(offsets, np.int32), counts))
 
     def _views(self) -> dict[tuple[int, str], tuple[str, dict[str, Tensor]]]:
         at: dict[tuple[int, str], tuple[str, dict[str, Tensor]]] = {}
@@ -179,6 +182,7 @@ class Arena:
         self.device = self._memory.device
         self._classes: dict[str, ArenaClass] = {}
         self._idle: dict[tuple[ArenaClass, int], None] = {}  # free slots that still have pages, the longest first
+        self._layouts: set[str] = set()  # that fit this backbone
         self._slot_bytes = 0  # of all slots that have an owner or are idle
 
     def num_bytes(self, header: TenantHeader) -> int:
@@ -190,7 +194,10 @@ class Arena:
 
         Raises WrongBackbone, CorruptFile when the header does not fit this backbone.
         """
-        header.check(self._config, self._fingerprint)
+        header.check(self._config, self._fingerprint, known=self._layouts)
+        if len(self._layouts) > _LAYOUTS_KEPT:
+            self._layouts.clear()
+        self._layouts.update(layout.key for layout in header.layouts.values())
         taken: list[tuple[ArenaClass, int]] = []
         for layout in header.layouts.values():
             arena_class = self._class_of(layout)
@@ -229,11 +236,13 @@ class Arena:
         memory: dict[str, Tensor] = {}
         for (arena_class, slot), layout in slots:
             memory |= arena_class.memory(slot, layout)
-        tensors = read_into(path, header, reservation.digest, memory, witness)
+        read = read_into(path, header, reservation.digest, memory, witness)
         for (arena_class, slot), layout in slots:
-            arena_class.settle(slot, layout, self._config)
-        head = read_head(header, tensors)
-        return ResidentTenant(reservation=reservation, head=head, self_tests=read_self_tests(header, tensors))
+            arena_class.settle(slot, layout, self._config, checked=read.is_known)
+        if witness is not None and not read.is_known:
+            witness.verified(reservation.digest, header, read.found)
+        head, self_tests = read_head(header, read.tensors), read_self_tests(header, read.tensors)
+        return ResidentTenant(reservation=reservation, head=head, self_tests=self_tests)
 
     def release(self, tenant: ResidentTenant | Reservation) -> None:
         """Give the slots back. The caller knows that no batch uses them."""

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -84,15 +84,17 @@ class TenantHeader:
         """The lowest layer that has a delta; None for a tenant that is a head only."""
         return min((e.layer for layout in self.layouts.values() for e in layout.entries), default=None)
 
-    def check(self, config: EncoderConfig, fingerprint: str) -> None:
-        """Raise WrongBackbone or CorruptFile when this tenant cannot run on that backbone."""
+    def check(self, config: EncoderConfig, fingerprint: str, known: Container[str] = ()) -> None:
+        """Raise WrongBackbone or CorruptFile when this tenant cannot run on that backbone. known: keys of layouts that
+        were checked before."""
         if self.fingerprint != fingerprint:
             raise WrongBackbone(
                 f"the tenant was made for backbone {self.fingerprint[:23]}, this one is {fingerprint[:23]}; "
                 "convert or train it again with this backbone"
             )
         for layout in self.layouts.values():
-            layout.check(config)
+            if layout.key not in known:
+                layout.check(config)
         width = config.hidden_size
         if self.head.shared_pooler and not config.has_pooler:
             raise CorruptFile(

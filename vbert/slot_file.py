@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from vbert.errors import CorruptFile
 from vbert.header import TenantHeader
 
-__all__ = ["Witness", "read_into"]
+__all__ = ["Read", "Witness", "read_into"]
 
 
 class Witness(Protocol):
@@ -24,7 +25,19 @@ class Witness(Protocol):
         """Whether a file of these bytes was verified when the file system described it just so."""
         ...
 
-    def verified(self, digest: str, header: TenantHeader, found: os.stat_result) -> None: ...
+    def verified(self, digest: str, header: TenantHeader, found: os.stat_result) -> None:
+        """The file was hashed, and all that is in it was checked."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """tensors: those that went into no slot. found: how the file system described the file before. is_known: its bytes
+    were not hashed, since a witness saw them before."""
+
+    tensors: dict[str, Tensor]
+    found: os.stat_result
+    is_known: bool
 
 
 def read_into(
@@ -33,12 +46,12 @@ def read_into(
     digest: str,
     slots: Mapping[str, Tensor],
     witness: Witness | None = None,
-) -> dict[str, Tensor]:
+) -> Read:
     """Read every tensor of a native file, those named in `slots` into the memory given there.
 
     slots: tensor name -> contiguous CPU tensor [numel]. A slot of another dtype than the file's is converted.
-    witness: a file that it knows is not hashed again, only its header is. Returns: the other tensors by name. Raises
-    OSError; CorruptFile when the bytes are not those of the digest; then there may be anything in the slots.
+    witness: a file that it knows is not hashed again, only its header is. Raises OSError; CorruptFile when the bytes
+    are not those of the digest; then there may be anything in the slots.
     """
     stored = sorted(header.tensors.items(), key=lambda item: item[1].begin)
     direct = {name: slot for name, slot in slots.items() if slot.dtype == header.tensors[name].dtype}
@@ -48,17 +61,16 @@ def read_into(
     found = _read_whole(Path(path), pieces)
     sha256 = hashlib.sha256(start)
     intact = sha256.hexdigest() == header.key
-    if intact and (witness is None or not witness.unchanged(digest, found)):
+    is_known = witness is not None and witness.unchanged(digest, found)
+    if intact and not is_known:
         for piece in pieces[1:]:
             sha256.update(piece)
         intact = sha256.hexdigest() == digest
     if not intact:
         raise CorruptFile(f"the stored file of {digest[:12]} was altered or cut; add the tenant again")
-    if witness is not None:
-        witness.verified(digest, header, found)
     for name in slots.keys() - direct.keys():
         slots[name].copy_(read[name])
-    return {name: tensor for name, tensor in read.items() if name not in slots}
+    return Read({name: tensor for name, tensor in read.items() if name not in slots}, found, is_known)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
