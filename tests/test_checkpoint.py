@@ -200,6 +200,24 @@ def test_a_file_that_nobody_wrote_to_is_hashed_once(backbone, module, tmp_path, 
         load()
 
 
+def test_a_file_that_is_cut_is_refused_whoever_vouches_for_it(backbone, module, tmp_path):
+    """Or the numbers of the module that had the slots before would be taken for its own."""
+
+    class Gullible:
+        def unchanged(self, digest, found):
+            return True
+
+        def verified(self, digest, header, found):
+            pass
+
+    data = write_tenant(module)
+    (tmp_path / "t").write_bytes(data[:-1])
+    arena = Arena(backbone.config, backbone.fingerprint, torch.float32, 2**20)
+    reservation = arena.reserve(parse_header(data), hashlib.sha256(data).hexdigest())
+    with pytest.raises(CorruptFile, match="altered or cut"):
+        arena.fill(reservation, tmp_path / "t", Gullible())
+
+
 class _Counted:
     """SHA-256 that notes how many bytes it saw."""
 

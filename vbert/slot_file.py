@@ -58,9 +58,9 @@ def read_into(
     read = {name: direct[name] if name in direct else torch.empty(t.shape, dtype=t.dtype) for name, t in stored}
     start = bytearray(header.data_begin)
     pieces = [memoryview(start), *(_bytes_of(read[name]) for name, _ in stored)]
-    found = _read_whole(Path(path), pieces)
+    found, unchanged = _read_whole(Path(path), pieces)
     sha256 = hashlib.sha256(start)
-    intact = sha256.hexdigest() == header.key
+    intact = unchanged and sha256.hexdigest() == header.key
     is_known = witness is not None and witness.unchanged(digest, found)
     if intact and not is_known:
         for piece in pieces[1:]:
@@ -78,15 +78,15 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
-def _read_whole(path: Path, pieces: Sequence[memoryview]) -> os.stat_result:
-    """Fill the pieces from the start of a file. What a shorter file leaves is as it was.
+def _read_whole(path: Path, pieces: Sequence[memoryview]) -> tuple[os.stat_result, bool]:
+    """Fill the pieces from the start of a file.
 
-    Returns: how the file system described it before.
+    Returns: how the file system describes the file; whether all was there, and nobody wrote to it meanwhile.
     """
     left = [piece for piece in pieces if len(piece)]
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        found = os.fstat(descriptor)
+        before = os.fstat(descriptor)
         offset = 0
         while left and (count := os.preadv(descriptor, left, offset)):
             offset += count
@@ -94,6 +94,12 @@ def _read_whole(path: Path, pieces: Sequence[memoryview]) -> os.stat_result:
                 count -= len(left.pop(0))
             if count:
                 left[0] = left[0][count:]
+        after = os.fstat(descriptor)
     finally:
         os.close(descriptor)
-    return found
+    same = (before.st_size, before.st_mtime_ns, before.st_ctime_ns) == (
+        after.st_size,
+        after.st_mtime_ns,
+        after.st_ctime_ns,
+    )
+    return after, same and not left
