@@ -12,7 +12,8 @@ __all__ = ["Sketch"]
 
 _ROWS = 4
 _MOST = 15  # more often than this is all the same
-_SAMPLE = 10  # counts are halved after as many requests as this times the columns
+_SAMPLE = 40  # counts are halved after as many requests as this times the capacity
+_COLUMNS = 16  # times the capacity: then a key that never came is hardly ever taken for one that did
 _WORDS = struct.Struct(f"<{_ROWS}I")
 
 
@@ -21,9 +22,10 @@ class Sketch:
 
     def __init__(self, capacity: int) -> None:
         """capacity: about how many keys the cache holds."""
-        self._mask = (1 << max(4, (4 * capacity - 1).bit_length())) - 1
+        self._mask = (1 << max(6, (_COLUMNS * capacity - 1).bit_length())) - 1
         self._counts = [bytearray(self._mask + 1) for _ in range(_ROWS)]
-        self._left = _SAMPLE * (self._mask + 1)
+        self._sample = _SAMPLE * (self._mask + 1) // _COLUMNS
+        self._left = self._sample
 
     @property
     def num_bytes(self) -> int:
@@ -49,7 +51,7 @@ class Sketch:
 
     def _halve(self) -> None:
         self._counts = [bytearray(counts.translate(_HALVES)) for counts in self._counts]
-        self._left = _SAMPLE * (self._mask + 1) // 2
+        self._left = self._sample // 2
 
 
 _HALVES = bytes(count // 2 for count in range(256))

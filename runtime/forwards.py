@@ -29,10 +29,11 @@ from vbert.errors import VbertError
 from vbert.model import Model, SequenceInput
 from vbert.rows import RowSource
 
-__all__ = ["LEFT", "Computed", "Forwards", "Launch", "Outcome"]
+__all__ = ["LEAST_WORK", "LEFT", "Computed", "Forwards", "Launch", "Outcome"]
 
 Outcome = Tensor | VbertError
 LEFT = ComputeFailed("nobody waits for this answer any more")  # and so nobody will read this
+LEAST_WORK = 0.25  # a batch of which less was computed says nothing of how fast others are
 _IN_RING = 2  # the batch that computes and the one that is prepared meanwhile
 _log = logging.getLogger(__name__)
 
@@ -52,7 +53,8 @@ class Launch:
 @dataclass(frozen=True, slots=True)
 class Computed:
     """outcomes: of every sequence of the launch. num_tokens: of those computed. reran: one tenant at a time. ahead_s:
-    what the lanes did for it that can be done while the batch before it computes. out_of_memory: it did not fit."""
+    what the lanes did for it that can be done while the batch before it computes. out_of_memory: it did not fit. work:
+    the share of it that was computed; the rest was stored."""
 
     outcomes: list[Outcome]
     num_tokens: int
@@ -61,6 +63,7 @@ class Computed:
     reran: bool
     ahead_s: float = 0.0
     out_of_memory: bool = False
+    work: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +76,13 @@ class _Early:
 
 @dataclass(frozen=True, slots=True)
 class _Finish:
-    """answers: waits for them. remember: then keeps what the forward computed that others may want."""
+    """answers: waits for them. remember: then keeps what the forward computed that others may want. forget: after a
+    failure, drops what it was given. work: as `Computed` has it."""
 
     answers: Callable[[], list[Tensor]]
     remember: Callable[[], None]
+    forget: Callable[[], None]
+    work: float
 
 
 @dataclass(slots=True, kw_only=True)
@@ -246,7 +252,11 @@ class Forwards:
             if self._sequences is not None and prepared.found is not None and feed.kept is not None:
                 self._sequences.insert(prepared.found, sequences, feed.kept)
 
-        return _Finish(answers, remember)
+        def forget() -> None:
+            if self._sequences is not None and prepared.found is not None:
+                self._sequences.forget(prepared.found)
+
+        return _Finish(answers, remember, forget, prepared.batch.work(self._model.config.num_layers))
 
     @contextmanager
     def _waiting(self, lane: str) -> Iterator[None]:
@@ -264,10 +274,11 @@ class Forwards:
             outcomes = self._collected(running)
             if outcomes and all(map(_is_finite, outcomes)):
                 compute_s = running.end.since_s(running.begin)
-                if not self._device.runs_ahead:
-                    self._threads.observe(running.num_threads, running.num_tokens, compute_s)
-                self._tell(running, outcomes, compute_s, self._ahead_s(running))
-                self._remember(running)
+                work = running.finish.work if running.finish is not None else 1.0
+                if not self._device.runs_ahead and work >= LEAST_WORK:
+                    self._threads.observe(running.num_threads, running.num_tokens, compute_s / work)
+                self._tell(running, outcomes, compute_s, self._ahead_s(running), work=work)
+                self._remember_aside(running)
             elif self._results is None:
                 self._rerun(running)
             else:
@@ -291,8 +302,19 @@ class Forwards:
             self._trace.flush()
         return outcomes
 
+    def _remember_aside(self, running: _Running) -> None:
+        """After the answers are out, and on the rows thread: compute waits for nobody who reads or writes a disk."""
+        if running.finish is None or self._sequences is None:
+            return
+        try:
+            if self._rows is not None:
+                self._rows.submit(self._remember, running)
+            else:
+                self._remember(running)
+        except RuntimeError:  # the lanes are closing
+            _log.debug("what a batch computed is not kept: the engine stops")
+
     def _remember(self, running: _Running) -> None:
-        """After the answers are out."""
         try:
             assert running.finish is not None
             running.finish.remember()
@@ -306,11 +328,18 @@ class Forwards:
         return issue_s + prepared.end.since_s(prepared.begin)
 
     def _tell(
-        self, running: _Running, outcomes: list[Outcome], compute_s: float, ahead_s: float = 0.0, *, reran: bool = False
+        self,
+        running: _Running,
+        outcomes: list[Outcome],
+        compute_s: float,
+        ahead_s: float = 0.0,
+        *,
+        reran: bool = False,
+        work: float = 1.0,
     ) -> None:
         left = iter(outcomes)
         every = [next(left) if kept else LEFT for kept in running.keep]
-        counts = running.num_tokens, compute_s, running.num_threads, reran, ahead_s, running.out_of_memory
+        counts = running.num_tokens, compute_s, running.num_threads, reran, ahead_s, running.out_of_memory, work
         running.answer.set_result(Computed(every, *counts))
 
     # ---- on the compute thread, after a failure ----------------------------------------------------------------------
@@ -319,6 +348,8 @@ class Forwards:
         with _told(running.answer):
             if running.out_of_memory:
                 self._model.free_memory()
+            elif running.finish is not None:
+                running.finish.forget()
             groups = groupby(running.sequences, key=lambda sequence: sequence.tenant)
             outcomes = [outcome for _, group in groups for outcome in self._alone(list(group), running.launch.batch_id)]
             # what was issued before something raised still runs and reads modules that may go when this is told

@@ -139,7 +139,10 @@ class Manager:
         """What the module takes in memory. Raises what reading its header raises."""
         if not digest:
             return 0
-        header = await asyncio.get_running_loop().run_in_executor(self.lane, read_header, self.files.path(digest))
+        header = self.files.header(digest)
+        if header is None:
+            path = self.files.path(digest)
+            header = await asyncio.get_running_loop().run_in_executor(self.lane, read_header, path)
         return self.arena.num_bytes(header)
 
     # ---- use -------------------------------------------------------------------------------------------------------

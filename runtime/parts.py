@@ -105,6 +105,7 @@ def load_parts(config: EngineConfig, clock: Clock) -> Parts:
         device = open_device(model.device, clock)
         undo.callback(device.close)
         arena, host_arena = _arenas(config, model, device)
+        sequences = _sequence_store(config, model)
         parts = Parts(
             name=name,
             backbone=backbone,
@@ -115,7 +116,7 @@ def load_parts(config: EngineConfig, clock: Clock) -> Parts:
             trace=Trace(config.trace, device) if config.trace else None,
             arena=arena,
             host_arena=host_arena,
-            sequences=_sequence_store(config, model, device),
+            sequences=sequences,
             store=store,
             canary=make_self_tests(backbone, None, tokenizer, texts=("ok",))[0],
             cost=cost,
@@ -140,10 +141,12 @@ def _arenas(config: EngineConfig, model: Model, device: Device) -> tuple[Arena, 
     return make(budget, memory=memory), make(host_budget, memory=host_memory)
 
 
-def _sequence_store(config: EngineConfig, model: Model, device: Device) -> SequenceStore | None:
+def _sequence_store(config: EngineConfig, model: Model) -> SequenceStore | None:
     """Raises ConfigError."""
-    layer = config.sequence_layer or model.config.num_layers // 2
+    layer = config.sequence_layer or max(1, model.config.num_layers // 2)
     if not config.sequence_store_bytes:
+        if config.sequence_disk_bytes:
+            raise ConfigError("sequence_disk_bytes is the second tier of a sequence store; give sequence_store_bytes")
         return None
     if not 1 <= layer <= model.config.num_layers:
         raise ConfigError(f"sequence_layer is {layer}; the backbone has {model.config.num_layers} layers")
@@ -156,7 +159,6 @@ def _sequence_store(config: EngineConfig, model: Model, device: Device) -> Seque
             num_bytes=config.sequence_store_bytes,
             disk_bytes=config.sequence_disk_bytes,
             disk=Path(config.store),
-            pinned=device.pinned if device.runs_ahead else None,
         )
     except (OSError, RuntimeError, MemoryError) as error:
         raise ConfigError(

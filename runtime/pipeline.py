@@ -17,7 +17,7 @@ from torch import Tensor
 
 from runtime.clock import Clock
 from runtime.errors import ComputeFailed
-from runtime.forwards import Computed, Forwards, Launch, Outcome
+from runtime.forwards import LEAST_WORK, Computed, Forwards, Launch, Outcome
 from runtime.metrics import Metrics
 from runtime.pressure import MemoryPressure
 from runtime.throughput import Throughput
@@ -136,7 +136,8 @@ class Pipeline:
             return
         computed = future.result()
         if computed.num_tokens:
-            self._throughput.observe(computed.num_tokens, computed.compute_s)
+            if computed.work >= LEAST_WORK:
+                self._throughput.observe(computed.num_tokens, computed.compute_s / computed.work)
             self.ahead_s = _KEEP * self.ahead_s + (1 - _KEEP) * computed.ahead_s
         self._metrics.compute_threads = computed.num_threads
         self._metrics.batches += 1

@@ -17,7 +17,7 @@ import secrets
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,29 +51,26 @@ class StoreCounts:
     evicted: int = 0
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """What a store knows of the sequences of a batch.
+    """What a store knows of the sequences of a batch, and what it wants to know.
 
-    keys: [B], None for a sequence that has no part in it. first: [B], the first sequence with the same lower layers.
-    given: sequences whose states are stored, ascending. rows: [n, H], their states one after the other.
+    keys, ids: [B], None and nothing for a sequence that has no part in it. first: [B], the first sequence with the same
+    lower layers. given: sequences whose states are stored, ascending. rows: [n, H], their states one after the other.
+    wanted: sequences whose states would be kept if they were computed, ascending.
     """
 
     keys: list[bytes | None]
+    ids: list[bytes]
     first: list[int]
     given: list[int]
     rows: Tensor
+    wanted: list[int]
 
     @property
-    def missing(self) -> list[int]:
-        """Sequences whose lower layers are computed for others, too, or for later: each once, ascending."""
-        given = set(self.given)
-        return [i for i, key in enumerate(self.keys) if key is not None and self.first[i] == i and i not in given]
-
-    @property
-    def is_useful(self) -> bool:
-        """Whether anything need not be computed."""
-        return bool(self.given) or any(first != i for i, first in enumerate(self.first))
+    def changes_nothing(self) -> bool:
+        """Whether the batch may as well be computed without the store."""
+        return not self.given and not self.wanted and all(first == i for i, first in enumerate(self.first))
 
 
 class SequenceStore:
@@ -89,27 +86,30 @@ class SequenceStore:
         num_bytes: int,
         disk_bytes: int = 0,
         disk: Path | None = None,
-        pinned: Callable[[int], Tensor] | None = None,
     ) -> None:
-        """States of `width` numbers that enter layer `layer`, in at most `num_bytes` of memory and `disk_bytes` of a
-        file in the folder `disk`. pinned: host memory that a GPU reads. Raises ConfigError when a row does not fit,
-        OSError.
+        """States of `width` numbers that enter layer `layer`, in at most `num_bytes` of memory, the sketch and what it
+        takes to find entries on disk included, and `disk_bytes` of a file in the folder `disk`. Raises ConfigError when
+        that is too little, OSError.
         """
         row_bytes = width * dtype.itemsize
-        num_rows = (num_bytes - ENTRY_BYTES) // (row_bytes + _ID_BYTES)
-        if num_rows < 1:
+        disk_rows = disk_bytes // row_bytes if disk is not None else 0
+        sketch = Sketch((num_bytes + disk_bytes) // (_TYPICAL_TOKENS * row_bytes))
+        room = num_bytes - sketch.num_bytes - disk_rows * (_ID_BYTES + ENTRY_BYTES // _TYPICAL_TOKENS)
+        num_rows = (room - ENTRY_BYTES) // (row_bytes + _ID_BYTES)
+        if num_rows < _TYPICAL_TOKENS:
             raise ConfigError(
-                f"the sequence store has {num_bytes} bytes and one token takes {row_bytes + _ID_BYTES + ENTRY_BYTES}; "
-                "give it more, or 0 for none"
+                f"the sequence store has {num_bytes} bytes of memory, of which {num_bytes - room} serve to find "
+                f"entries, and a text takes about {_TYPICAL_TOKENS * (row_bytes + _ID_BYTES) + ENTRY_BYTES}; give it "
+                "more, or less disk, or 0 for none"
             )
         self.layer, self.dtype = layer, dtype
         self.counts = StoreCounts()
-        flat = torch.empty(num_rows * row_bytes, dtype=torch.uint8) if pinned is None else pinned(num_rows * row_bytes)
-        disk_rows = disk_bytes // (row_bytes + _ID_BYTES) if disk is not None else 0
-        sketch = Sketch((num_rows + disk_rows) // _TYPICAL_TOKENS)
-        self._tiers = [_Tier(flat.view(dtype).view(num_rows, width), num_bytes, sketch)]
+        memory = torch.empty(num_rows, width, dtype=dtype)
+        self._tiers = [_Tier(memory, room, ENTRY_BYTES, _ID_BYTES, sketch)]
         if disk is not None and disk_rows:
-            self._tiers.append(_Tier(_mapped_rows(disk, disk_rows, width, dtype), disk_bytes, sketch))
+            mapped = _mapped_rows(disk, disk_rows, width, dtype)
+            self._tiers.append(_Tier(mapped, disk_bytes, 0, 0, sketch, max_entries=disk_rows // _TYPICAL_TOKENS))
+        self._index_bytes = num_bytes - room
         self._sketch = sketch
         self._key = secrets.token_bytes(32)
         self._about = f"{fingerprint} {layer} {dtype}".encode()
@@ -117,12 +117,12 @@ class SequenceStore:
 
     @property
     def num_bytes(self) -> int:
-        """Of memory that is used, an entry's ids and the like included."""
-        return self._tiers[0].num_bytes
+        """Of memory that is used, what it takes to find entries included."""
+        return self._tiers[0].num_bytes + self._index_bytes
 
     @property
     def disk_bytes(self) -> int:
-        """Of the file, as `num_bytes` counts."""
+        """Of the file that is used."""
         return sum(tier.num_bytes for tier in self._tiers[1:])
 
     @property
@@ -134,22 +134,25 @@ class SequenceStore:
         """The scope of a tenant that shares with nobody."""
         return hashlib.blake2b(tenant.encode(), digest_size=16, key=self._key).digest()
 
-    def takes(self, sequence: SequenceInput) -> bool:
-        """Whether the lower layers of a sequence are those of the bare backbone, and may be kept."""
-        if sequence.scope is None:
-            return False
-        lowest = None if sequence.tenant is None else sequence.tenant.header.lowest_layer
-        return lowest is None or lowest >= self.layer
+    def takes(self, sequences: Sequence[SequenceInput]) -> list[bool]:
+        """Of which sequences the lower layers are those of the bare backbone, and may be kept."""
+        tenants = {id(s.tenant): s.tenant for s in sequences if s.scope is not None}
+        lowest = {i: None if tenant is None else tenant.header.lowest_layer for i, tenant in tenants.items()}
+        fits = {i for i, layer in lowest.items() if layer is None or layer >= self.layer}
+        return [s.scope is not None and id(s.tenant) in fits for s in sequences]
 
     def find(self, sequences: Sequence[SequenceInput], *, pin: bool = False) -> Found | None:
         """What is known of the sequences of a batch; None: no sequence takes part. pin: rows for a copy to a GPU."""
-        taking_part = [self.takes(sequence) for sequence in sequences]
+        taking_part = self.takes(sequences)
         if not any(taking_part):
             return None
         ids = [_ids(s) if takes else b"" for s, takes in zip(sequences, taking_part, strict=True)]
-        keys = [self._hash(i, s.scope) if i else None for i, s in zip(ids, sequences, strict=True)]
+        keys = [
+            self._hash(i, s.scope) if takes else None for i, s, takes in zip(ids, sequences, taking_part, strict=True)
+        ]
         first, given = list(range(len(sequences))), []
         entries: list[tuple[_Tier, _Entry]] = []
+        wanted: list[int] = []
         seen: dict[tuple[bytes, bytes | None], int] = {}
         with self._lock:
             for i, key in enumerate(keys):
@@ -164,24 +167,37 @@ class SequenceStore:
                     entries.append(entry)
                 else:
                     self.counts.misses += 1
+                    if any(tier.victims(key, len(sequences[i].token_ids)) is not None for tier in self._tiers):
+                        wanted.append(i)
+                    else:
+                        self.counts.refused += 1
             self.counts.hits += len(given)
             rows = self._gathered(entries, pin)
-            self._promote([(keys[i], *entry) for i, entry in zip(given, entries, strict=True)])
-        return Found(keys=keys, first=first, given=given, rows=rows)
+            self._promote([keys[i] for i in given], entries, rows)
+        return Found(keys=keys, ids=ids, first=first, given=given, rows=rows, wanted=wanted)
 
     def insert(self, found: Found, sequences: Sequence[SequenceInput], rows: Tensor) -> None:
-        """Keep computed states: rows [n, H] of the sequences `found.missing`, one after the other, in host memory."""
+        """Keep computed states: rows [n, H] of the sequences `found.wanted`, one after the other, in host memory."""
         begin = 0
         with self._lock:
-            for i in found.missing:
+            for i in found.wanted:
                 end = begin + len(sequences[i].token_ids)
                 key = found.keys[i]
                 assert key is not None
                 if not any(key in tier.entries for tier in self._tiers):  # another batch may have been faster
-                    inserted = self._insert(key, _ids(sequences[i]), rows[begin:end], self._tiers)
+                    inserted = self._insert(key, found.ids[i], rows[begin:end], self._tiers)
                     self.counts.inserted += inserted
                     self.counts.refused += not inserted
                 begin = end
+
+    def forget(self, found: Found) -> None:
+        """Drop the entries that gave states to a batch that failed: they may be why."""
+        with self._lock:
+            for i in found.given:
+                key = found.keys[i]
+                for tier in self._tiers:
+                    if key is not None:
+                        tier.drop(key)
 
     # ---- under the lock --------------------------------------------------------------------------------------------
 
@@ -204,11 +220,14 @@ class SequenceStore:
             begin = end
         return out
 
-    def _promote(self, found: Sequence[tuple[bytes | None, _Tier, _Entry]]) -> None:
-        """What is asked for more often than the least of memory comes back from disk."""
-        for key, tier, entry in found:
+    def _promote(self, keys: Sequence[bytes | None], entries: Sequence[tuple[_Tier, _Entry]], rows: Tensor) -> None:
+        """What is asked for more often than the least of memory comes back from disk. rows: [n, H], of all entries."""
+        begin = 0
+        for key, (tier, entry) in zip(keys, entries, strict=True):
+            end = begin + len(entry.rows)
             if key is not None and tier is not self._tiers[0] and key in tier.entries:
-                self._insert(key, entry.ids, tier.read(entry), self._tiers[:1])
+                self._insert(key, entry.ids, rows[begin:end], self._tiers[:1])
+            begin = end
 
     def _insert(self, key: bytes, ids: bytes, states: Tensor, tiers: Sequence[_Tier]) -> bool:
         """Into the first tier where it is worth more than what it replaces. Whether there is one."""
@@ -249,42 +268,64 @@ class _Entry:
 class _Tier:
     """Rows [N, H] with an owner or free, and the entries that own them, the longest unused first."""
 
-    def __init__(self, rows: Tensor, max_bytes: int, sketch: Sketch) -> None:
+    def __init__(
+        self,
+        rows: Tensor,
+        max_bytes: int,
+        entry_bytes: int,
+        id_bytes: int,
+        sketch: Sketch,
+        *,
+        max_entries: int | None = None,
+    ) -> None:
+        """entry_bytes, id_bytes: what an entry, and each of its tokens, takes of `max_bytes` beside its rows."""
         self.rows, self.used = rows, 0
         self.entries: OrderedDict[bytes, _Entry] = OrderedDict()
         self._max_bytes, self._sketch = max_bytes, sketch
-        self._token_bytes = rows.shape[1] * rows.dtype.itemsize + _ID_BYTES
+        self._entry_bytes, self._max_entries = entry_bytes, max_entries or len(rows)
+        self._token_bytes = rows.shape[1] * rows.dtype.itemsize + id_bytes
         self._returned: list[NDArray[np.int64]] = []
         self._fresh = 0  # rows from here on were never used: address space only
 
     @property
     def num_bytes(self) -> int:
-        return self.used * self._token_bytes + len(self.entries) * ENTRY_BYTES
+        return self.used * self._token_bytes + len(self.entries) * self._entry_bytes
 
     def read(self, entry: _Entry) -> Tensor:
         """A copy."""
         return self.rows[torch.from_numpy(entry.rows)]
 
     def victims(self, key: bytes, num_rows: int) -> list[bytes] | None:
-        """Entries that make room for a new one; None: they are asked for as often as it, or there are too few."""
-        missing = self.num_bytes + num_rows * self._token_bytes + ENTRY_BYTES - self._max_bytes
+        """Entries that make room for a new one; None: they are worth as much as it, or there are too few.
+
+        Worth is how often something is asked for times its bytes, which is what computing it again would take. Of a
+        victim that is larger than the newcomer only as much counts.
+        """
+        need = num_rows * self._token_bytes + self._entry_bytes
+        missing = self.num_bytes + need - self._max_bytes
+        too_many = len(self.entries) + 1 - self._max_entries
         victims: list[bytes] = []
-        worth, wanted = 0, self._sketch.count(key)
+        worth, wanted = 0, self._sketch.count(key) * need
         for victim, entry in self.entries.items():
-            if missing <= 0:
+            if missing <= 0 and too_many <= 0:
                 break
-            worth += self._sketch.count(victim)
+            gives = len(entry.rows) * self._token_bytes + self._entry_bytes
+            worth += self._sketch.count(victim) * min(gives, need)
             if worth >= wanted:
                 return None
             victims.append(victim)
-            missing -= len(entry.rows) * self._token_bytes + ENTRY_BYTES
-        return victims if missing <= 0 else None
+            missing, too_many = missing - gives, too_many - 1
+        return victims if missing <= 0 and too_many <= 0 else None
 
     def put(self, key: bytes, ids: bytes, states: Tensor) -> None:
         """There is room: bytes enough for another entry always are rows enough."""
         taken = self._take(len(states))
-        self.rows.index_copy_(0, torch.from_numpy(taken), states)
-        self.entries[key] = _Entry(ids, taken)
+        self.entries[key] = entry = _Entry(ids, taken)
+        try:
+            self.rows.index_copy_(0, torch.from_numpy(entry.rows), states)
+        except BaseException:
+            self.drop(key)
+            raise
 
     def drop(self, key: bytes) -> None:
         if (entry := self.entries.pop(key, None)) is not None:

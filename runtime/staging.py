@@ -158,11 +158,15 @@ class Preparer:
         return Prepared(batch, begin, self._stream.record(), self._ring, staging, given, found)
 
     def _packed(self, sequences: Sequence[SequenceInput], found: Found | None) -> PackedBatch:
-        if found is None or self._store is None:
+        if found is None or self._store is None or found.changes_nothing:
             return self._model.pack(sequences)
-        shares = [key is not None for key in found.keys]
         return self._model.pack_joined(
-            sequences, self._store.layer, first=found.first, given=found.given, shares=shares
+            sequences,
+            self._store.layer,
+            first=found.first,
+            given=found.given,
+            shares=[key is not None for key in found.keys],
+            wanted=found.wanted,
         )
 
     def _sent(self, rows: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from vbert.tenant import Dense, Head
 __all__ = ["run_heads"]
 
 _BLOCK_ROWS = 16  # of a sequence whose tokens have a head each
+_MOST_COPIED = 1 << 24  # numbers of head weights copied for one product
 
 
 def run_heads(
@@ -92,8 +93,7 @@ def _run(pooled: _Pooled, first: int, last: int, heads: Sequence[Head], pooler: 
         assert pooler is not None  # checked when the tenant was registered
         x = _dense(x, pooler)
     if not head.layers or all(other is head for other in heads):
-        for layer in head.layers:
-            x = _dense(x, layer)
+        x = _dense_all(x, head)
     else:
         x = _each_with_its_own(x, heads, np.diff(bounds) if head.pooling == "none" else np.ones(len(heads), np.int64))
     if head.kind == "embed" and head.normalise:
@@ -105,12 +105,15 @@ def _each_with_its_own(x: Tensor, heads: Sequence[Head], counts: NDArray[np.int6
     """The layers of several heads of one shape: the first counts[0] rows of x [n, H] through those of heads[0], ...
 
     The number of products does not grow with that of the heads: rows of a sequence go in blocks of equal height, the
-    last one filled up.
+    last one filled up. Each block takes a copy of its weights; where those are too large, every head has its products.
     """
     distinct = list({id(head): head for head in heads}.values())
     order = {id(head): i for i, head in enumerate(distinct)}
     height = int(min(_BLOCK_ROWS, counts.max()))
     blocks = -(-counts // height)
+    if int(blocks.sum()) * max(layer.weight.numel() for layer in heads[0].layers) > _MOST_COPIED:
+        parts = torch.split(x, counts.tolist())
+        return torch.cat([_dense_all(part, head) for part, head in zip(parts, heads, strict=True)])
     owner = np.repeat([order[id(head)] for head in heads], blocks)
     place = np.arange(counts.sum()) + np.repeat(np.cumsum(blocks * height) - blocks * height, counts)
     place -= np.repeat(np.cumsum(counts) - counts, counts)  # where each row lies in the blocks
@@ -127,6 +130,12 @@ def _each_with_its_own(x: Tensor, heads: Sequence[Head], counts: NDArray[np.int6
             y = y + torch.stack(biases).index_select(0, mine).unsqueeze(1)
         x = activate(y, layers[0].activation)
     return x.flatten(0, 1).index_select(0, back)
+
+
+def _dense_all(x: Tensor, head: Head) -> Tensor:
+    for layer in head.layers:
+        x = _dense(x, layer)
+    return x
 
 
 def _dense(x: Tensor, layer: Dense) -> Tensor:

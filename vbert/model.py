@@ -100,10 +100,18 @@ class Model:
         first: Sequence[int],
         given: Sequence[int],
         shares: Sequence[bool],
+        wanted: Sequence[int],
     ) -> PackedBatch:
         """As vbert.packing.pack_joined."""
         return pack_joined(
-            sequences, self.config, self.embed_head, layer=layer, first=first, given=given, shares=shares
+            sequences,
+            self.config,
+            self.embed_head,
+            layer=layer,
+            first=first,
+            given=given,
+            shares=shares,
+            wanted=wanted,
         )
 
     @torch.inference_mode()

@@ -84,6 +84,14 @@ class PackedBatch:
         """What goes through the embeddings and the lowest layers."""
         return self if self.junction is None else self.junction.lower
 
+    def work(self, num_layers: int) -> float:
+        """Rows times the layers that they go through, as a share of what it is without a junction."""
+        if self.junction is None:
+            return 1.0
+        rows, layer = len(self.rows.token_ids), self.junction.layer
+        lower = 0 if self.junction.lower is None else len(self.junction.lower.rows.token_ids)
+        return (layer * lower + (num_layers - layer) * rows) / (num_layers * rows)
+
     def on(self, device: torch.device, *, buckets: bool) -> PackedBatch:
         """The same batch for a GPU: its integers there, in one copy on the current stream that nobody waits for.
 
@@ -114,11 +122,13 @@ def pack_joined(
     first: Sequence[int],
     given: Sequence[int],
     shares: Sequence[bool],
+    wanted: Sequence[int],
 ) -> PackedBatch:
     """A batch with a junction before `layer`.
 
     first: [B], the sequence whose lower layers serve each one as well. given: those whose states are at hand, in the
-    order of their rows. shares: [B], whose lower layers are the bare backbone's.
+    order of their rows. shares: [B], whose lower layers are the bare backbone's. wanted: computed sequences whose
+    states are to be kept, in that order.
     """
     batch = PackedBatch.build(sequences, config, embed_head)
     lengths = np.array([len(s.token_ids) for s in sequences])
@@ -135,7 +145,7 @@ def pack_joined(
     num_given = int(lengths[list(given)].sum())
     for i in given:
         begin[i], num_rows = num_rows, num_rows + lengths[i]
-    kept = _ranges(begin, lengths, [i for i in computed if shares[i]])
+    kept = _ranges(begin, lengths, wanted)
     source = _ranges(begin[np.array(first)], lengths, batch.order)
     return replace(batch, junction=Junction(layer, lower, num_given, source, kept))
 

@@ -159,6 +159,8 @@ def test_heads_of_one_shape_share_their_products(monkeypatch):
     monkeypatch.setattr(heads, "_each_with_its_own", lambda *given: calls.append(given) or each(*given))
     assert_close(run_heads(hidden, bounds, given, None), want, 1e-6)
     assert len(calls) == 2  # a and b; d and e
+    monkeypatch.setattr(heads, "_MOST_COPIED", 8 * 6)
+    assert_close(run_heads(hidden, bounds, given, None), want, 1e-6)
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):

@@ -47,16 +47,19 @@ def test_counts_are_those_of_a_dictionary(texts, monkeypatch):
 
 
 def test_memory_is_bounded_by_forgetting_the_rarest(texts):
-    every = expected(texts)
-    counts = NgramCounts(max_keys=200)
-    for _ in range(3):
-        counts.add(*packed(texts))
+    counts, seen = NgramCounts(max_keys=300), Counter()
+    for begin in range(0, 300, 5):
+        part = [[i + 50 * (begin > 150) for i in text] for text in texts[begin : begin + 5]]  # another topic
+        counts.add(*packed(part))
         counts._merge()
-        assert len(counts._keys) <= 200
+        seen += expected(part)
+        assert len(counts._keys) <= 300
     keys, how_often = counts.result()
-    assert counts.forgotten > 0
-    for parts, n in zip(parts_of(keys).tolist(), how_often.tolist(), strict=True):
-        assert 3 * every[tuple(parts)] - 3 * counts.forgotten <= n <= 3 * every[tuple(parts)]
+    found = {tuple(p): n for p, n in zip(parts_of(keys).tolist(), how_often.tolist(), strict=True)}
+    assert 0 < counts.forgotten < max(seen.values()) / 4
+    assert len(found) > 100
+    for parts, n in seen.items():
+        assert n - counts.forgotten <= found.get(parts, 0) <= n
 
 
 def test_the_head_has_all_tokens_and_what_covers_enough(texts):

@@ -43,7 +43,7 @@ def test_token_zero_and_the_padding_id_are_ordinary_tokens():
 @pytest.mark.parametrize("count", [0, 1, 7, 500, 20_000])
 def test_every_key_is_found_and_no_other(count):
     rng = np.random.default_rng(count)
-    keys = np.unique(rng.integers(1, 2**63, 2 * count, dtype=np.uint64))
+    keys = np.unique(rng.integers(1, 2**63, 2 * count, dtype=np.uint64) | np.uint64(1 << 21))
     rng.shuffle(keys)
     stored, others = keys[:count], keys[count:]
     index = build_index(stored)
@@ -54,7 +54,7 @@ def test_every_key_is_found_and_no_other(count):
 
 def test_keys_that_fall_on_one_place_are_all_found():
     """In the smallest index every place is a start of many keys, the last one too, after which the first comes."""
-    every = np.arange(1, 400, dtype=np.uint64)
+    every = np.arange(1, 400, dtype=np.uint64) << np.uint64(21)
     for begin in range(0, 390, 8):
         stored = every[begin : begin + 8]
         index = build_index(stored)
@@ -81,7 +81,10 @@ def test_look_up_takes_the_longest_there_is(depth):
 
 def test_too_many_keys_and_a_key_twice_are_refused():
     with pytest.raises(ShapeError, match="9 keys do not fit an index of 16 places; give 32"):
-        build_index(np.arange(1, 10, dtype=np.uint64), np.zeros((16, 2), np.uint64))
+        build_index(np.arange(1, 10, dtype=np.uint64) << np.uint64(21), np.zeros((16, 2), np.uint64))
+    with pytest.raises(ShapeError, match="no centre"):
+        build_index(np.zeros(1, np.uint64))
+    assert find_rows(np.zeros(1, np.uint64), build_index(keys_of([4]))).tolist() == [-1]
     with pytest.raises(ShapeError, match=r"the n-gram \[-1, 4, -1\] comes twice"):
         build_index(np.repeat(keys_of([4]), 2))
 

@@ -54,14 +54,29 @@ def test_rows_come_back(tmp_path, keys, dtype, out_dtype):
     torch.testing.assert_close(out.float(), rows.flip(0), rtol=0, atol=near)
 
 
+def test_an_index_without_a_free_place_ends_the_search(tmp_path, keys):
+    write(tmp_path / "t", keys)
+    table = NgramTable(tmp_path / "t", "sha256:f")
+    table._index[:, 0] = 1  # private memory, not the file
+    assert (table.look_up(keys)[0] == -1).all()
+
+
+def test_rows_that_are_no_numbers_are_refused(tmp_path, keys):
+    for bad, dtype in ((float("nan"), torch.int8), (1e6, torch.float16)):
+        with pytest.raises(CorruptFile, match="not finite, or too large"):
+            write(tmp_path / "t", keys[:2], rows=torch.full((2, 3, WIDTH), bad), dtype=dtype)
+
+
 def test_a_row_that_is_not_there_is_left(tmp_path, keys):
     write(tmp_path / "t", keys)
     out = torch.full((2, 3, WIDTH), 7.0)
     NgramTable(tmp_path / "t", "sha256:f").gather(np.array([-1, 0]), out)
     assert (out[0] == 7).all()
     assert (out[1] != 7).all()
-    with pytest.raises(ShapeError):
-        NgramTable(tmp_path / "t", "sha256:f").gather(np.array([0]), out)
+    for rows, room in ((np.array([0]), out), (np.array([0, len(keys)]), out)):
+        with pytest.raises(ShapeError):
+            NgramTable(tmp_path / "t", "sha256:f").gather(rows, room)
+    NgramTable(tmp_path / "t", "sha256:f").gather(np.empty(0, np.int64), torch.empty(0, 3, WIDTH))
 
 
 def test_a_table_without_entries(tmp_path):
@@ -98,6 +113,8 @@ def test_a_truncated_or_altered_file_is_refused(tmp_path, keys):
     header = json.loads(data[8 : 8 + header_bytes])
     for name, field, value in [
         ("index", "shape", [3, 2]),
+        ("index", "shape", [0, 2]),
+        ("index", "dtype", "F64"),
         ("rows", "dtype", "U64"),
         ("rows", "shape", [1, 3, WIDTH]),
         ("rows", "data_offsets", [0, 2**40]),

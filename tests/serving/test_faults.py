@@ -55,10 +55,10 @@ def faulty(serving, factory):
 async def test_a_file_that_is_removed_while_it_is_loaded(faulty, monkeypatch):
     fill = Arena.fill
 
-    def removed(arena, reservation, path):
+    def removed(arena, reservation, path, *more):
         if any(c.kind == "sparse" for c, _ in reservation.slots):
             os.unlink(path)
-        return fill(arena, reservation, path)
+        return fill(arena, reservation, path, *more)
 
     monkeypatch.setattr(Arena, "fill", removed)
     await faulty(lambda engine, digest: None, error=CorruptFile, match="cannot be read")
@@ -95,10 +95,10 @@ async def test_a_file_that_is_cut_or_altered(faulty, keep):
 async def test_a_load_that_raises_what_nobody_expects(faulty, monkeypatch):
     fill = Arena.fill
 
-    def broken(arena, reservation, path):
+    def broken(arena, reservation, path, *more):
         if any(c.kind == "sparse" for c, _ in reservation.slots):
             raise RuntimeError("cosmic ray")
-        return fill(arena, reservation, path)
+        return fill(arena, reservation, path, *more)
 
     monkeypatch.setattr(Arena, "fill", broken)
     await faulty(lambda engine, digest: None, error=ComputeFailed, match="cosmic ray")

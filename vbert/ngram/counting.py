@@ -29,8 +29,8 @@ class NgramCounts:
     """Every tri-gram of a corpus, and the bi-grams (with the right neighbour) and tokens that can stand in for it."""
 
     def __init__(self, max_keys: int = 20_000_000) -> None:
-        """max_keys: distinct n-grams held at once, 16 bytes each and three times that while they are merged. When there
-        are more, the rarest are forgotten: `forgotten` says up to which count."""
+        """max_keys: distinct n-grams held, 16 bytes each, and as many new occurrences, about 150 bytes each while they
+        are merged. When there are more, the rarest are forgotten: `forgotten` is how much a count may be too low."""
         if max_keys < 1:
             raise ConfigError(f"max_keys is {max_keys}; it must be above 0")
         self._max_keys = max_keys
@@ -46,7 +46,7 @@ class NgramCounts:
         self.num_occurrences += len(keys)
         self._new += [keys, keys & _RIGHT, keys & _CENTRE]
         self._num_new += 3 * len(keys)
-        if self._num_new > max(self._max_keys, 1 << 20):
+        if self._num_new > self._max_keys:
             self._merge()
 
     def result(self) -> tuple[Keys, Counts]:
@@ -66,17 +66,18 @@ class NgramCounts:
         starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
         self._keys, self._counts = keys[starts], np.add.reduceat(counts, starts)
         self._new, self._num_new = [], 0
-        while len(self._keys) > self._max_keys:
-            self.forgotten += 1
-            kept = self._counts > self.forgotten
+        if (excess := len(self._keys) - self._max_keys) > 0:
+            least = int(np.partition(self._counts, excess - 1)[excess - 1])
+            kept = self._counts > least
             self._keys, self._counts = self._keys[kept], self._counts[kept]
+            self.forgotten += least
 
 
 def head(
     keys: Keys, counts: Counts, *, max_entries: int | None = None, coverage: float = 1.0, min_count: int = 2
 ) -> tuple[Keys, Counts]:
     """The most frequent n-grams: all tokens that fit, then longer ones until `coverage` of the occurrences of tri-grams
-    is reached, of those seen `min_count` times at least. In the order of `NgramCounts.result`.
+    inside texts is reached, of those seen `min_count` times at least. In the order of `NgramCounts.result`.
 
     Raises ConfigError.
     """

@@ -52,12 +52,14 @@ def places_for(num_keys: int) -> int:
 def build_index(keys: Keys, index: Keys | None = None) -> Keys:
     """The index of distinct keys, key i having row i. index: zeros [C, 2] to write into, else a new one.
 
-    Raises ShapeError when they do not fit, or a key comes twice.
+    Raises ShapeError when they do not fit, a key comes twice, or one has no centre.
     """
     if index is None:
         index = np.zeros((places_for(len(keys)), 2), np.uint64)
     if len(keys) > _MOST_FULL * len(index) or len(index) & (len(index) - 1):
         raise ShapeError(f"{len(keys)} keys do not fit an index of {len(index)} places; give {places_for(len(keys))}")
+    if len(keys) and not (keys & _CENTRE).all():
+        raise ShapeError("a key has no centre token; make keys with ngram_keys")
     twice = _build(keys, index)
     if twice >= 0:
         raise ShapeError(f"the n-gram {parts_of(keys[twice : twice + 1])[0].tolist()} comes twice; merge its rows")
@@ -130,14 +132,15 @@ def _build(keys, index):  # type: ignore[no-untyped-def]
 
 @numba.njit(nogil=True, cache=True, inline="always")
 def _walk(key, place, index, mask):  # type: ignore[no-untyped-def]
-    """The row of a key, from a place on."""
-    while True:
+    """The row of a key, from a place on. Ends in a damaged index as well, which may have no free place."""
+    for _ in range(len(index)):
         found = index[place, 0]
         if found == key:
             return np.int64(index[place, 1])
         if found == 0:
             return np.int64(-1)
         place = (place + _ONE) & mask
+    return np.int64(-1)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -151,7 +154,9 @@ def _find(keys, index, rows):  # type: ignore[no-untyped-def]
             firsts[j] = index[places[j], 0]
         for j in range(count):
             key = keys[begin + j]
-            rows[begin + j] = index[places[j], 1] if firsts[j] == key else _walk(key, places[j], index, mask)
+            rows[begin + j] = np.int64(index[places[j], 1])
+            if firsts[j] != key or key == 0:
+                rows[begin + j] = _walk(key, places[j], index, mask) if key != 0 else np.int64(-1)
 
 
 @numba.njit(nogil=True, cache=True)

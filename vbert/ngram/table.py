@@ -87,10 +87,12 @@ class NgramTable:
         return rows, kept
 
     def gather(self, rows: Rows, out: Tensor) -> None:
-        """Fill out [n, 3, H], float32 or bfloat16 in host memory; what has row -1 is left as it is."""
+        """Fill out [n, 3, H], float32 or bfloat16 in host memory; what has row -1 is left. Raises ShapeError."""
         if out.shape != (len(rows), 3, self.width) or not out.is_contiguous():
             raise ShapeError(f"{len(rows)} rows [3, {self.width}] do not fit {list(out.shape)}")
-        flat, _ = as_rows(out.view(len(rows), -1))
+        if len(rows) and int(rows.max()) >= len(self):
+            raise ShapeError(f"row {int(rows.max())} is beyond the {len(self)} of {self.path}")
+        flat, _ = as_rows(out.view(len(rows), 3 * self.width))
         if self._scales is None:
             _gather_half(self.rows.view(torch.int16).numpy().reshape(-1), rows, flat, 3 * self.width)
         else:
@@ -109,7 +111,7 @@ class TableWriter:
         *,
         fingerprint: str,
         keys: Keys,
-        counts: NDArray[np.uint32],
+        counts: NDArray[np.int64],
         width: int,
         dtype: torch.dtype = torch.float16,
         about: Mapping[str, str] | None = None,
@@ -122,7 +124,7 @@ class TableWriter:
             raise ShapeError(f"{len(counts)} counts do not fit {len(keys)} keys")
         self._path, self._dtype, self._width = Path(path), dtype, width
         self._index = build_index(keys)
-        self._counts, self._missing = counts.astype(np.uint32), len(keys)
+        self._counts, self._missing = np.minimum(counts, np.iinfo(np.uint32).max).astype(np.uint32), len(keys)
         self._scales = np.empty((len(keys) if dtype == torch.int8 else 0, 3), np.float32)
         self._about = {**(about or {}), "format": _FORMAT, "fingerprint": fingerprint}
 
@@ -146,16 +148,18 @@ class TableWriter:
         return self
 
     def add(self, rows: Tensor) -> None:
-        """The next rows, [n, 3, H] floats in host memory. Raises ShapeError, OSError."""
+        """The next rows, [n, 3, H] floats in host memory. Raises ShapeError, OSError, CorruptFile for NaN, infinity."""
         if rows.shape[1:] != (3, self._width) or len(rows) > self._missing:
             raise ShapeError(f"rows {list(rows.shape)} do not fit [at most {self._missing}, 3, {self._width}]")
+        if not bool(torch.isfinite(rows.to(self._dtype) if self._dtype == torch.float16 else rows).all()):
+            raise CorruptFile("the backbone gave n-gram rows that are not finite, or too large for float16; use int8")
         if self._dtype == torch.int8:
             rows = rows.float()
             scales = rows.abs().amax(2).clamp_min(1e-12) / 127
             first = len(self._counts) - self._missing
             self._scales[first : first + len(rows)] = scales.numpy()
             rows = (rows / scales.unsqueeze(2)).round()
-        self._file.write(rows.to(self._dtype).contiguous().numpy().tobytes())
+        self._file.write(rows.to(self._dtype).contiguous().numpy().data)
         self._missing -= len(rows)
 
     def __exit__(
@@ -167,7 +171,7 @@ class TableWriter:
                 return
             if self._missing:
                 raise ShapeError(f"{self._missing} rows of {self._path} are missing")
-            self._file.write(self._scales.tobytes())
+            self._file.write(self._scales.data)
             self._file.flush()
             os.fsync(self._file.fileno())
             os.rename(self._part, self._path)
@@ -190,7 +194,8 @@ class TableWriter:
         text = json.dumps(header).encode()
         text += b" " * (-(8 + len(text)) % 64)  # the data begins with a cache line
         self._file.write(len(text).to_bytes(8, "little") + text)
-        self._file.write(self._index.tobytes() + self._counts.tobytes())
+        self._file.write(self._index.data)
+        self._file.write(self._counts.data)
 
 
 def _parse(memory: mmap.mmap, size: int, path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -207,10 +212,13 @@ def _parse(memory: mmap.mmap, size: int, path: Path) -> tuple[dict[str, str], di
         index, counts, rows = tensors["index"], tensors["counts"], tensors["rows"]
         num_rows, places = len(rows), len(index)
         fits = index.shape == (places, 2) and counts.shape == (num_rows,) and rows.shape == (num_rows, 3, rows.shape[2])
-        if not fits or places & (places - 1) or num_rows > places // 2 or rows.dtype not in _ROW_DTYPES:
+        fits &= (index.dtype, counts.dtype) == (torch.uint64, torch.uint32) and rows.dtype in _ROW_DTYPES
+        if not fits or places < 1 or places & (places - 1) or num_rows > places // 2:
             raise ValueError(f"an index {list(index.shape)} for rows {list(rows.shape)} of {rows.dtype}")
-        if rows.dtype == torch.int8 and tensors["scales"].shape != (num_rows, 3):
-            raise ValueError("int8 rows without their scales")
+        if rows.dtype == torch.int8:
+            scales = tensors["scales"]
+            if scales.shape != (num_rows, 3) or scales.dtype != torch.float32:
+                raise ValueError("int8 rows without their scales")
         str(about["fingerprint"])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CorruptFile(f"the n-gram table {path} is damaged ({error}); {_AGAIN}") from error
