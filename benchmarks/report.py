@@ -154,6 +154,25 @@ def overlap() -> str:
     return _where(result).replace("; requests/s", "; a batch") + markdown([*header, "hidden"], body)
 
 
+def skip() -> str:
+    """By backbone, stream and clients: requests/s with the sequence store next to without, of each backbone's newest."""
+    newest = {result["config"]["backbone"]: result for result in results("skip")}
+    body = []
+    for backbone, result in sorted(newest.items()):
+        cells: dict[tuple[Any, ...], dict[str, Row]] = {}
+        for row in result["rows"]:
+            cells.setdefault((row["set"], row["stream"], row["concurrency"]), {})[row["system"]] = row
+        for case, systems in cells.items():
+            plain, stored = systems["plain"], systems["sequence store"]
+            speeds = [plain["requests_per_s"], stored["requests_per_s"]]
+            ratio = f"{speeds[1] / speeds[0]:.2f}x"
+            body.append(
+                [backbone, *case, *speeds, ratio, f"{stored['hit_rate']:.2f}", plain["p50_ms"], stored["p50_ms"]]
+            )
+    header = ["backbone", "set", "stream", "clients", "plain /s", "stored /s", "ratio", "hits", "plain p50 ms"]
+    return "".join(map(_where, newest.values())) + markdown([*header, "stored p50 ms"], body)
+
+
 def neighbour() -> str:
     """By clients and setting: requests/s on a quiet machine, and what is left of them beside a neighbour."""
     result = latest("neighbour")
@@ -273,6 +292,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving": serving,
     "overlap": overlap,
     "neighbour": neighbour,
+    "skip": skip,
     "training_quality": training_quality,
     "equality": equality,
     "engine_options": engine_options,
