@@ -7,21 +7,27 @@ is parsed once.
 from __future__ import annotations
 
 import os
+import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from runtime.clock import wall_time_ns
 from vbert.header import TenantHeader
 
 __all__ = ["ModuleFiles"]
 
-_KEPT = 2048  # about 3 KiB each
+K = TypeVar("K")
+V = TypeVar("V")
+
+_HEADERS_KEPT = 2048  # about 3 KiB each
+_STAMPS_KEPT = 65_536  # about 300 bytes each
 _SETTLED_NS = 10**9  # a file written this recently may be written again without another time to show for it
 
-_Stamp = tuple[int, int, int, int, int]
+_STAMP = struct.Struct("<2Q3q")  # of what a file system changes when somebody writes to a file
 
 
 @dataclass(slots=True, eq=False)
@@ -30,28 +36,31 @@ class ModuleFiles:
 
     path: Callable[[str], Path]
     now_ns: Callable[[], int] = wall_time_ns
-    _known: OrderedDict[str, tuple[TenantHeader, _Stamp | None]] = field(default_factory=OrderedDict)
+    _headers: OrderedDict[str, TenantHeader] = field(default_factory=OrderedDict)
+    _stamps: OrderedDict[bytes, bytes] = field(default_factory=OrderedDict)
     _adding: threading.Lock = field(default_factory=threading.Lock)
 
     def header(self, digest: str) -> TenantHeader | None:
         """Of a file that was read lately: its bytes had this digest."""
-        known = self._known.get(digest)
-        return None if known is None else known[0]
+        return self._headers.get(digest)
 
     def unchanged(self, digest: str, found: os.stat_result) -> bool:
-        known = self._known.get(digest)
-        return known is not None and known[1] is not None and known[1] == _stamp(found)
+        return self._stamps.get(bytes.fromhex(digest)) == _stamp(found)
 
     def verified(self, digest: str, header: TenantHeader, found: os.stat_result) -> None:
-        """The file had these bytes when the file system described it so."""
-        settled = self.now_ns() - found.st_ctime_ns >= _SETTLED_NS
+        """The file had these bytes when the file system described it so, checked now or before."""
         with self._adding:
-            if settled or not self.unchanged(digest, found):
-                self._known[digest] = header, _stamp(found) if settled else None
-            self._known.move_to_end(digest)
-            if len(self._known) > _KEPT:
-                self._known.popitem(last=False)
+            _put(self._headers, digest, header, _HEADERS_KEPT)
+            if self.now_ns() - found.st_ctime_ns >= _SETTLED_NS:
+                _put(self._stamps, bytes.fromhex(digest), _stamp(found), _STAMPS_KEPT)
 
 
-def _stamp(found: os.stat_result) -> _Stamp:
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+def _put(kept: OrderedDict[K, V], key: K, value: V, most: int) -> None:
+    kept[key] = value
+    kept.move_to_end(key)
+    if len(kept) > most:
+        kept.popitem(last=False)
+
+
+def _stamp(found: os.stat_result) -> bytes:
+    return _STAMP.pack(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)

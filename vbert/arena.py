@@ -239,7 +239,7 @@ class Arena:
         read = read_into(path, header, reservation.digest, memory, witness)
         for (arena_class, slot), layout in slots:
             arena_class.settle(slot, layout, self._config, checked=read.is_known)
-        if witness is not None and not read.is_known:
+        if witness is not None:
             witness.verified(reservation.digest, header, read.found)
         head, self_tests = read_head(header, read.tensors), read_self_tests(header, read.tensors)
         return ResidentTenant(reservation=reservation, head=head, self_tests=self_tests)

@@ -26,7 +26,7 @@ class Witness(Protocol):
         ...
 
     def verified(self, digest: str, header: TenantHeader, found: os.stat_result) -> None:
-        """The file was hashed, and all that is in it was checked."""
+        """The file was hashed, and all that is in it was checked, now or when it was the same."""
         ...
 
 
