@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
@@ -121,19 +122,22 @@ def read_self_tests(header: TenantHeader, tensors: Mapping[str, Tensor]) -> tupl
 
 def check_sparse(layout: SlotLayout, columns: Tensor, row_starts: Tensor, config: EncoderConfig) -> None:
     """Raise CorruptFile where the compressed rows of a sparse delta point outside their matrix."""
-    cursor = 0
-    for entry in layout.entries:
-        rows = config.site_out(entry.site)
-        starts = row_starts[cursor : cursor + rows + 1].to(torch.int64)
-        cursor += rows + 1
-        nnz = int(starts[-1]) if starts.numel() == rows + 1 else -1
-        if int(starts[0]) != 0 or not 0 <= nnz <= entry.numel or bool((starts.diff() < 0).any()):
-            raise CorruptFile(f"sparse at layer {entry.layer}, {entry.site}: row starts do not ascend; {AGAIN}")
-        used = columns[entry.offset : entry.offset + nnz]
-        if nnz and not 0 <= int(used.min()) <= int(used.max()) < config.site_in(entry.site):
-            raise CorruptFile(f"sparse at layer {entry.layer}, {entry.site}: a column is outside the matrix; {AGAIN}")
-    if cursor != row_starts.numel():
-        raise CorruptFile(f"sparse: {row_starts.numel()} row starts where the layout has {cursor}; {AGAIN}")
+    starts = row_starts.numpy()
+    ends = np.cumsum([config.site_out(entry.site) + 1 for entry in layout.entries])
+    if ends[-1] != len(starts):
+        raise CorruptFile(f"sparse: {len(starts)} row starts where the layout has {ends[-1]}; {AGAIN}")
+    falls = np.flatnonzero(starts[1:] < starts[:-1]) + 1  # also where the next entry begins again at 0
+    falls = falls[~np.isin(falls, ends)]
+    unsigned = columns.numpy().view(np.uint32)  # a negative column is a very large one
+    begin = 0
+    for entry, end in zip(layout.entries, ends.tolist(), strict=True):
+        where, count = f"sparse at layer {entry.layer}, {entry.site}", int(starts[end - 1])
+        if starts[begin] != 0 or not 0 <= count <= entry.numel or ((falls >= begin) & (falls < end)).any():
+            raise CorruptFile(f"{where}: row starts do not ascend; {AGAIN}")
+        used = unsigned[entry.offset : entry.offset + count]
+        if count and int(used.max()) >= config.site_in(entry.site):
+            raise CorruptFile(f"{where}: a column is outside the matrix; {AGAIN}")
+        begin = end
 
 
 def _sparse_integers(layout: SlotLayout, deltas: list[Sparse]) -> dict[str, Tensor]:
