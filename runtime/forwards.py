@@ -19,6 +19,7 @@ from torch import Tensor
 from runtime.clock import Clock
 from runtime.errors import ComputeFailed
 from runtime.lane_feed import Arriving, LaneFeed
+from runtime.pressure import is_out_of_memory
 from runtime.sequence_store import SequenceStore
 from runtime.staging import Prepared, Preparer, Ring
 from runtime.streams import Device, Event
@@ -362,7 +363,7 @@ class Forwards:
             outputs = self._launch(self._inline(sequences, plain=True), sequences, batch_id).answers()
         except Exception as error:
             _log.error("a batch of one tenant failed", exc_info=error)
-            if _is_out_of_memory(error) and len(sequences) > 1:
+            if is_out_of_memory(error) and len(sequences) > 1:
                 self._model.free_memory()
                 half = len(sequences) // 2
                 return [*self._alone(sequences[:half], batch_id), *self._alone(sequences[half:], batch_id)]
@@ -383,14 +384,7 @@ def _told(answer: Future[Computed]) -> Iterator[None]:
 def _failed(error: Exception, num_sequences: int) -> bool:
     """Log why a batch failed. Whether memory was short."""
     _log.error("a batch of %d sequences failed; trying tenant by tenant", num_sequences, exc_info=error)
-    return _is_out_of_memory(error)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    says = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # torch's CPU allocator, and cuBLAS
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in says)
+    return is_out_of_memory(error)
 
 
 def _check_owned(tenants: Iterable[ResidentTenant]) -> None:

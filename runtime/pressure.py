@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from runtime.clock import Clock
 from runtime.errors import ServerFull
 
-__all__ = ["MemoryPressure"]
+__all__ = ["MemoryPressure", "is_out_of_memory"]
 
 _PAUSE_S = 1.0  # admission; what waits is computed meanwhile, in smaller batches
 _GROWTH = 1.1  # of the limit with each batch that nearly filled it
@@ -37,3 +39,11 @@ class MemoryPressure:
             self._paused_until_s = self._clock.now_s() + _PAUSE_S
         elif 2 * num_tokens > self.batch_tokens:
             self.batch_tokens = min(self._max_tokens, int(self.batch_tokens * _GROWTH) + 1)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that there was too little memory, of a device or of the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    says = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # torch's CPU allocator, and cuBLAS
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in says)

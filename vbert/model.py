@@ -182,7 +182,8 @@ class Model:
                 feed.keep(hidden.index_select(0, junction.kept))
             if junction.num_given:
                 hidden = torch.cat([hidden, feed.given_rows()])
-        hidden = hidden.index_select(0, junction.source)
+        if junction.source is not None:
+            hidden = hidden.index_select(0, junction.source)
         return self._through(range(junction.layer, self.config.num_layers), batch, hidden, space, feed)
 
     def _embedded(self, batch: PackedBatch, feed: Feed, word_rows: Tensor | None) -> Tensor:

@@ -37,15 +37,24 @@ class Junction:
     """Where other rows come up from the lower layers than go on: sequences are computed once, or their states given.
 
     layer: the first that all rows of the batch go through. lower: what is computed below it, if anything. source: [T],
-    for each row of the batch its row among those of `lower` with the given ones after them. kept: [n], rows of `lower`
-    that others may want later. Both int64, on a GPU int32.
+    for each row of the batch its row among those of `lower` with the given ones after them; None: they are the same,
+    and `lower` is the batch. kept: [n], rows of `lower` that others may want later. Both int64, on a GPU int32.
     """
 
     layer: int
     lower: PackedBatch | None
     num_given: int
-    source: Tensor
+    source: Tensor | None
     kept: Tensor
+
+    def on(self, device: torch.device, batch: PackedBatch, buckets: bool) -> Junction:
+        """The same for a GPU. batch: the one it belongs to, which is there already."""
+        integers = [self.kept.numpy(), *([] if self.source is None else [self.source.numpy()])]
+        kept, *source = copy_integers(integers, device)
+        if self.source is None:
+            return replace(self, lower=batch, kept=kept)
+        lower = None if self.lower is None else self.lower.on(device, buckets=buckets)
+        return replace(self, lower=lower, kept=kept, source=source[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +114,8 @@ class PackedBatch:
         rows = self.rows.moved(there, buckets=buckets)
         for own in segments:
             own.use_device_blocks(next(there))
-        junction = self.junction
-        if junction is not None:
-            source, kept = copy_integers([junction.source.numpy(), junction.kept.numpy()], device)
-            lower = None if junction.lower is None else junction.lower.on(device, buckets=buckets)
-            junction = replace(junction, lower=lower, source=source, kept=kept)
-        return replace(self, rows=rows, junction=junction)
+        moved = replace(self, rows=rows, junction=None)
+        return moved if self.junction is None else replace(moved, junction=self.junction.on(device, moved, buckets))
 
 
 def pack_joined(
@@ -132,6 +137,10 @@ def pack_joined(
     """
     batch = PackedBatch.build(sequences, config, embed_head)
     lengths = np.array([len(s.token_ids) for s in sequences])
+    if not given and all(i == j for i, j in enumerate(first)):  # the lower layers see the same rows
+        begin = np.zeros(len(sequences), np.int64)
+        begin[list(batch.order)] = batch.rows.cu_seqlens[:-1]
+        return replace(batch, junction=Junction(layer, batch, 0, None, _ranges(begin, lengths, wanted)))
     at_hand = set(given)
     computed = [i for i in range(len(sequences)) if first[i] == i and i not in at_hand]
     begin = np.zeros(len(sequences), np.int64)  # of each sequence that comes up

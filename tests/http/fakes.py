@@ -154,6 +154,7 @@ class FakeEngine:
         return metrics.snapshot(
             resident_bytes={"low_rank": 7},
             memory_bytes={"backbone": 9, "modules": 7},
+            sequences={"hits": 3},
             resident_modules=1,
             module_budget_bytes=100,
             loading_modules=0,

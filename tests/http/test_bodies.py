@@ -258,6 +258,7 @@ async def test_metrics_are_prometheus_text_without_names_of_tenants():
         'vbert_http_requests_total{method="other",route="unknown",status="405"} 1.0',
         'vbert_resident_bytes{kind="low_rank"} 7.0',
         'vbert_memory_bytes{part="backbone"} 9.0',
+        'vbert_sequences_total{event="hits"} 3.0',
         "vbert_event_loop_lag_p99_seconds 0.004",
         "vbert_compute_threads 2.0",
         'vbert_request_queue_seconds_bucket{kind="low_rank+sparse",le="0.001"} 0.0',
