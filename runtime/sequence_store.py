@@ -282,7 +282,8 @@ class _Tier:
         self.rows, self.used = rows, 0
         self.entries: OrderedDict[bytes, _Entry] = OrderedDict()
         self._max_bytes, self._sketch = max_bytes, sketch
-        self._entry_bytes, self._max_entries = entry_bytes, max_entries or len(rows)
+        self._entry_bytes = entry_bytes
+        self._max_entries = len(rows) if max_entries is None else max_entries
         self._token_bytes = rows.shape[1] * rows.dtype.itemsize + id_bytes
         self._returned: list[NDArray[np.int64]] = []
         self._fresh = 0  # rows from here on were never used: address space only

@@ -195,6 +195,10 @@ def test_entries_on_disk_are_few_enough_for_the_memory_that_finds_them(tmp_path)
     for i in range(200):
         ask(store, text(i, length=1))
     assert len(store._tiers[1].entries) == 10
+    tiny = store_of(60_000, disk=tmp_path, disk_bytes=WIDTH * 4 * 3)  # not even one text of usual length
+    for i in range(200):
+        ask(tiny, text(i, length=1))
+    assert tiny.disk_bytes == 0
 
 
 def test_an_insertion_that_fails_leaves_no_row_behind(monkeypatch):
