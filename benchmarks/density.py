@@ -41,20 +41,24 @@ _FIXED_MIB = 16
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
-    neighbours = Neighbours()
-    rows: list[dict[str, Any]] = []
+    grid = list(itertools.product(args.shapes, args.kinds, args.tenants))
+    every: list[dict[str, Any]] = []
     with (
         tempfile.TemporaryDirectory(dir=args.scratch) as scratch,
         Progress(console=Console(stderr=True), transient=True) as bar,
     ):
-        grid = list(itertools.product(args.shapes, args.kinds, args.tenants))
         task = bar.add_task("density", total=3 * len(grid))
-        for shape, kind, tenants in grid:
+
+        def advance(what: str) -> None:
+            bar.update(task, description=what)
+            bar.advance(task)
+
+        for i, (shape, kind, tenants) in enumerate(grid):
+            neighbours = Neighbours()
             folder = _backbone(args, shape, Path(scratch))
-            store = Path(scratch) / "store"
             cell = Cell(
                 backbone=str(folder),
-                store=str(store),
+                store=str(Path(scratch) / "store"),
                 shape=shape,
                 kind=kind,
                 tenants=tenants,
@@ -62,31 +66,37 @@ def main(argv: Sequence[str] | None = None) -> None:
                 concurrency=args.concurrency,
                 threads=args.threads,
             )
-            bar.update(task, description=f"{shape} {kind} x{tenants}: register")
-            registered = _in_a_process_of_its_own(register, cell)
-            rows.append(registered)
-            bar.advance(task)
-            bar.update(task, description=f"{shape} {kind} x{tenants}: serve")
-            rooms = _rooms(args.budgets, registered)
-            rows += _serve([replace(cell, budget=budget, budget_bytes=room) for budget, room in rooms], args.rounds)
-            bar.advance(task)
-            bar.update(task, description=f"{shape} {kind} x{tenants}: first answers")
-            rows += _in_a_process_of_its_own(first_answers, cell)
-            shutil.rmtree(store)
-            for name in PEERS if kind == "lora" and not args.no_peers else ():
-                bar.update(task, description=f"{shape} x{tenants}: {name}")
-                rows.append(_in_a_process_of_its_own(peer, cell, name))
-            if kind == "lora" and args.vllm:
-                bar.update(task, description=f"{shape} x{tenants}: vLLM")
-                rows.append(_in_a_process_of_its_own(vllm, cell, args.vllm))
-    result = {
+            every += _measure(cell, args, advance)
+            if args.append or i == len(grid) - 1:  # what took long is kept, whatever comes after it
+                publish(_result(every, args, neighbours), args)
+                every.clear()
+
+
+def _measure(cell: Cell, args: argparse.Namespace, advance: Callable[[str], None]) -> list[dict[str, Any]]:
+    where = f"{cell.shape} {cell.kind} x{cell.tenants}"
+    advance(f"{where}: register")
+    registered = _in_a_process_of_its_own(register, cell)
+    rows = [registered]
+    advance(f"{where}: serve")
+    rooms = _rooms(args.budgets, registered)
+    rows += _serve([replace(cell, budget=budget, budget_bytes=room) for budget, room in rooms], args.rounds)
+    advance(f"{where}: first answers")
+    rows += _in_a_process_of_its_own(first_answers, cell)
+    shutil.rmtree(cell.store)
+    if cell.kind == "lora":
+        rows += [_in_a_process_of_its_own(peer, cell, name) for name in PEERS if not args.no_peers]
+        rows += [_in_a_process_of_its_own(vllm, cell, args.vllm)] if args.vllm else []
+    return rows
+
+
+def _result(rows: Sequence[dict[str, Any]], args: argparse.Namespace, neighbours: Neighbours) -> dict[str, Any]:
+    return {
         "benchmark": "density",
         "machine": describe() | neighbours.report(),
         "commit": commit(),
         "config": {name: getattr(args, name) for name in ("seconds", "rounds", "concurrency", "threads")},
-        "rows": rows,
+        "rows": list(rows),
     }
-    publish(result, args)
 
 
 def _serve(cells: Sequence[Cell], rounds: int) -> list[dict[str, Any]]:
@@ -141,12 +151,15 @@ def _backbone(args: argparse.Namespace, shape: str, scratch: Path) -> Path:
 
 def _rooms(shares: Sequence[float], registered: Mapping[str, Any]) -> list[tuple[float | str, int]]:
     """Budgets as shares of all modules that hold any of them and leave half of the machine's memory free; and one of a
-    fixed size, which is full with a hundred tenants."""
+    fixed size, which is full with a hundred tenants. A share that a large module does not fit is left out."""
     limit = describe()["memory_gib"] * 2**30 / 2
     sizes = {share: int(registered["module_bytes"] * share) for share in shares}
     fit = {share: size for share, size in sizes.items() if registered["largest_module_bytes"] <= size <= limit}
     sized: list[tuple[float | str, int]] = list(fit.items())
-    return [*sized, (f"{_FIXED_MIB} MiB", _FIXED_MIB * 2**20)]
+    mib = _FIXED_MIB
+    while mib * 2**20 < registered["largest_module_bytes"]:
+        mib *= 2
+    return [*sized, (f"{mib} MiB", mib * 2**20)]
 
 
 def _in_a_process_of_its_own(function: Callable[..., Any], *args: Any) -> Any:
