@@ -46,14 +46,14 @@ PROJECT = {
 LAZY = {"cupy", "numba.cuda", "peft", "adapters", "transformers"}
 # Inside vbert a module imports only from its own rank or a lower one, and never in a circle.
 VBERT_RANKS = (
-    {"errors", "config", "tenant", "activations", "batch", "layout", "memory", "workspace", "feed"},
+    {"errors", "config", "tenant", "activations", "batch", "layout", "memory", "workspace", "feed", "skip"},
     {"kernels", "header"},
     {"checkpoint", "slot_file"},
     {"arena", "attention", "rows", "heads", "tokenizer", "formats", "reference", "selftest", "ngram"},
     {"peft"},
     {"deltas"},
     {"encoder", "packing"},
-    {"graphs"},
+    {"graphs", "local_layers"},
     {"model"},
 )
 OUTSIDE_VBERT = {"asyncio", "threading", "multiprocessing", "concurrent", "socket", "http", "urllib", "time", "sqlite3"}

@@ -23,6 +23,7 @@ from vbert.errors import ShapeError
 from vbert.header import TenantHeader
 from vbert.layout import SlotLayout
 from vbert.memory import AddressSpace, Memory
+from vbert.skip import Skip
 from vbert.slot_file import Witness, read_into
 from vbert.tenant import Head, SelfTest
 
@@ -174,10 +175,12 @@ class Arena:
         max_bytes: int,
         *,
         memory: Memory | None = None,
+        skip: Skip | None = None,
     ) -> None:
-        """max_bytes: more than this is never used, by what is resident and by pages kept for the next owner.
+        """skip: of the backbone. max_bytes: more than this is never used, by what is resident and by pages kept for the next owner.
         memory: where the slots lie; default: address space of the CPU."""
-        self._config, self._fingerprint, self._dtype, self._max_bytes = config, fingerprint, dtype, max_bytes
+        self._config, self._fingerprint, self._skip = config, fingerprint, skip
+        self._dtype, self._max_bytes = dtype, max_bytes
         self._memory = memory or AddressSpace(max_bytes)
         self.device = self._memory.device
         self._classes: dict[str, ArenaClass] = {}
@@ -194,7 +197,7 @@ class Arena:
 
         Raises WrongBackbone, CorruptFile when the header does not fit this backbone.
         """
-        header.check(self._config, self._fingerprint, known=self._layouts)
+        header.check(self._config, self._fingerprint, self._skip, known=self._layouts)
         if len(self._layouts) > _LAYOUTS_KEPT:
             self._layouts.clear()
         self._layouts.update(layout.key for layout in header.layouts.values())

@@ -58,6 +58,9 @@ def write_tenant(module: TenantModule, dtype: torch.dtype = torch.float32) -> by
         "num_self_tests": len(module.self_tests),
         "source": module.source,
     }
+    if module.paths != ("plain",):
+        meta |= {"paths": module.paths, "skip_fingerprint": module.skip_fingerprint}
+        meta["self_test_paths"] = [test.path for test in module.self_tests]
     return save_safetensors(tensors, metadata={"vbert": json.dumps(meta, sort_keys=True, separators=(",", ":"))})
 
 
@@ -81,6 +84,8 @@ def read_tenant_bytes(data: bytes) -> TenantModule:
         head=read_head(header, tensors),
         max_length=header.max_length,
         self_tests=read_self_tests(header, tensors),
+        paths=header.paths,
+        skip_fingerprint=header.skip_fingerprint,
         source=dict(header.source),
     )
 
@@ -116,7 +121,8 @@ def read_head(header: TenantHeader, tensors: Mapping[str, Tensor]) -> Head:
 def read_self_tests(header: TenantHeader, tensors: Mapping[str, Tensor]) -> tuple[SelfTest, ...]:
     names = ("token_ids", "type_ids", "expected")
     return tuple(
-        SelfTest(**{name: tensors[f"self_test.{i}.{name}"] for name in names}) for i in range(header.num_self_tests)
+        SelfTest(**{name: tensors[f"self_test.{i}.{name}"] for name in names}, path=path)
+        for i, path in enumerate(header.self_test_paths)
     )
 
 

@@ -63,7 +63,7 @@ class Encoder:
     ) -> None:
         """weights: the canonical float32 tensors of vbert/formats/transformers_folder.py. words: the word embeddings,
         of this dtype, where they are not to be kept in memory."""
-        self.config, self.dtype, self._device, self._words = config, dtype, device, words
+        self.config, self.dtype, self.device, self._words = config, dtype, device, words
 
         def get(name: str) -> Tensor:
             return weights[name].to(device=device, dtype=dtype)
@@ -104,16 +104,21 @@ class Encoder:
     def takes_varlen(self) -> bool:
         """Whether attention is FlashAttention over packed rows; else it is done in padded buckets."""
         fits = self._relative is None and self.dtype != torch.float32 and self.config.head_size % 8 == 0
-        return self._device.type == "cuda" and fits and self.config.head_size <= 256
+        return self.device.type == "cuda" and fits and self.config.head_size <= 256
 
     def mapped_words(self, rows: PackedRows) -> Tensor | None:
         """[T, H] word rows from the source this encoder was given, on its device. rows: in host memory."""
         if self._words is None:
             return None
-        pinned = self._device.type == "cuda"
+        pinned = self.device.type == "cuda"
         gathered = torch.empty(len(rows.token_ids), self._words.width, dtype=self.dtype, pin_memory=pinned)
         self._words.gather(rows, gathered)
-        return gathered.to(self._device, non_blocking=pinned)
+        return gathered.to(self.device, non_blocking=pinned)
+
+    def word_rows(self, rows: PackedRows) -> Tensor:
+        """[T, H] word rows on its device. rows: in host memory."""
+        mapped = self.mapped_words(rows)
+        return mapped if mapped is not None else F.embedding(rows.token_ids.to(self.device), self._word)
 
     def embed(self, rows: PackedRows, deltas: BatchDeltas, word_rows: Tensor | None = None) -> Tensor:
         """Token rows to the hidden states that enter layer 0, [T, H]. word_rows: [T, H], read in place of a look-up."""

@@ -19,13 +19,15 @@ import torch
 from vbert.config import ACTIVATIONS, EncoderConfig
 from vbert.errors import CorruptFile, WrongBackbone
 from vbert.layout import SlotLayout
-from vbert.tenant import HEAD_KINDS, Dense, Head
+from vbert.skip import Skip
+from vbert.tenant import HEAD_KINDS, PATHS, Dense, Head
 
 __all__ = ["AGAIN", "FORMAT_VERSION", "StoredTensor", "TenantHeader", "parse_header", "read_header"]
 
 FORMAT_VERSION = 1
 MAX_HEADER_BYTES = 4 * 2**20
 MAX_LABELS = 100_000
+_MAX_SELF_TESTS = 64
 _FIRST_READ = 16 * 1024  # bytes; holds most headers
 _POOLINGS = ("cls", "mean", "none")
 _PROBLEMS = ("single_label", "multi_label", "regression")
@@ -51,7 +53,8 @@ class StoredTensor:
 class TenantHeader:
     """What a native file says of itself, without its numbers. `head` has no layers; `num_bytes` is the whole file.
 
-    data_begin: where the tensors start; key: SHA-256 of the bytes before it. dtype: of the stored deltas.
+    data_begin: where the tensors start; key: SHA-256 of the bytes before it. dtype: of the stored deltas. paths,
+    skip_fingerprint: as in TenantModule. self_test_paths: of each self-test.
     """
 
     fingerprint: str
@@ -62,7 +65,9 @@ class TenantHeader:
     data_begin: int
     key: str
     max_length: int | None
-    num_self_tests: int
+    self_test_paths: tuple[str, ...]
+    paths: tuple[str, ...]
+    skip_fingerprint: str
     source: Mapping[str, Any]
     num_bytes: int
 
@@ -84,13 +89,37 @@ class TenantHeader:
         """The lowest layer that has a delta; None for a tenant that is a head only."""
         return min((e.layer for layout in self.layouts.values() for e in layout.entries), default=None)
 
-    def check(self, config: EncoderConfig, fingerprint: str, known: Container[str] = ()) -> None:
+    @property
+    def num_self_tests(self) -> int:
+        return len(self.self_test_paths)
+
+    def paths_on(self, skip: Skip | None) -> tuple[str, ...]:
+        """Which of its paths there are on a backbone with this skip part."""
+        made_for = skip is not None and self.skip_fingerprint in (skip.fingerprint, skip.base)
+        plain_way = skip is None or skip.config.first_layer > 0
+        return tuple(path for path in self.paths if (plain_way if path == "plain" else made_for))
+
+    def check(
+        self, config: EncoderConfig, fingerprint: str, skip: Skip | None = None, known: Container[str] = ()
+    ) -> None:
         """Raise WrongBackbone or CorruptFile when this tenant cannot run on that backbone. known: keys of layouts that
         were checked before."""
-        if self.fingerprint != fingerprint:
+        ours = {fingerprint} if skip is None else {fingerprint, skip.fingerprint, skip.base}
+        if self.fingerprint not in ours:
             raise WrongBackbone(
                 f"the tenant was made for backbone {self.fingerprint[:23]}, this one is {fingerprint[:23]}; "
                 "convert or train it again with this backbone"
+            )
+        if not (paths := self.paths_on(skip)):
+            raise WrongBackbone(
+                f"the tenant was trained for the path {' or '.join(self.paths)}, which this backbone does not have; "
+                "train it on this backbone"
+            )
+        lowest = self.lowest_layer
+        if paths != ("plain",) and skip is not None and lowest is not None and lowest < skip.config.first_layer:
+            raise CorruptFile(
+                f"a tenant that skips layers below {skip.config.first_layer} has a delta in layer {lowest}; train it "
+                f"with deltas from layer {skip.config.first_layer} on"
             )
         for layout in self.layouts.values():
             if layout.key not in known:
@@ -140,7 +169,9 @@ def parse_header(data: bytes, num_bytes: int | None = None) -> TenantHeader:
             data_begin=data_begin,
             key=hashlib.sha256(data[:data_begin]).hexdigest(),
             max_length=None if fields["max_length"] is None else int(fields["max_length"]),
-            num_self_tests=int(fields["num_self_tests"]),
+            self_test_paths=_self_test_paths(fields),
+            paths=_paths(fields.get("paths", ["plain"])),
+            skip_fingerprint=str(fields.get("skip_fingerprint", "")),
             source=dict(fields["source"]),
             num_bytes=num_bytes,
         )
@@ -148,6 +179,24 @@ def parse_header(data: bytes, num_bytes: int | None = None) -> TenantHeader:
         raise CorruptFile(f"the tenant file's metadata is malformed ({error!r}); {AGAIN}") from error
     _check_tensor_table(header)
     return header
+
+
+def _paths(names: Any) -> tuple[str, ...]:
+    if not isinstance(names, list) or not names or any(name not in PATHS for name in names):
+        raise CorruptFile(f"the paths are {names!r}; some of {', '.join(PATHS)} are read")
+    return tuple(path for path in PATHS if path in names)
+
+
+def _self_test_paths(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """One for each self-test. Raises CorruptFile."""
+    count = int(fields["num_self_tests"])
+    if not 0 <= count <= _MAX_SELF_TESTS:
+        raise CorruptFile(f"{count} self-tests; between 0 and {_MAX_SELF_TESTS} are allowed")
+    paths = fields.get("self_test_paths", ["plain"] * count)
+    allowed = _paths(fields.get("paths", ["plain"]))
+    if not isinstance(paths, list) or len(paths) != count or any(path not in allowed for path in paths):
+        raise CorruptFile(f"the self-tests are of the paths {paths!r}, the tenant has {', '.join(allowed)}; {AGAIN}")
+    return tuple(paths)
 
 
 def _head_from_json(fields: Mapping[str, Any]) -> Head:
@@ -228,8 +277,6 @@ def _check_tensor_table(header: TenantHeader) -> None:
         wanted[f"head.{i}.weight"] = (torch.float32, (out_width, in_width))
         if f"head.{i}.bias" in header.tensors:
             wanted[f"head.{i}.bias"] = (torch.float32, (out_width,))
-    if header.num_self_tests < 0 or header.num_self_tests > 64:
-        raise CorruptFile(f"{header.num_self_tests} self-tests; between 0 and 64 are allowed")
     for i in range(header.num_self_tests):
         wanted |= {f"self_test.{i}.token_ids": (torch.int64, None), f"self_test.{i}.type_ids": (torch.int64, None)}
         wanted[f"self_test.{i}.expected"] = (torch.float32, None)

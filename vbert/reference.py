@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from vbert.config import EMBEDDING_LAYER, EncoderConfig
 from vbert.errors import ShapeError
 from vbert.formats.transformers_folder import Backbone
+from vbert.skip import Skip
 from vbert.tenant import Affine, Bottleneck, Delta, Head, LowRank, Norm, Sparse, TenantModule
 
 __all__ = ["dense_forward", "dense_hidden", "merge"]
@@ -35,19 +36,23 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @torch.no_grad()
-def dense_forward(backbone: Backbone, module: TenantModule | None, token_ids: Ids, type_ids: Ids) -> Tensor:
+def dense_forward(
+    backbone: Backbone, module: TenantModule | None, token_ids: Ids, type_ids: Ids, path: str = "plain"
+) -> Tensor:
     """The head's output for one sequence, before softmax or sigmoid; of the backbone's embed head without a module.
 
-    Args: token_ids, type_ids: [n].
+    Args: token_ids, type_ids: [n]. path: as in vbert.tenant.SelfTest.
     Returns: fp32 [C]; [n, C] where the head pools nothing; [D] for an embedding, normalised if the head says so.
     Raises: ShapeError when the sequence is longer than the backbone or the ids and types differ in length.
     """
-    hidden = dense_hidden(backbone, module, token_ids, type_ids)
+    hidden = dense_hidden(backbone, module, token_ids, type_ids, path)
     return _head(backbone.embed_head if module is None else module.head, hidden, backbone.weights)
 
 
 @torch.no_grad()
-def dense_hidden(backbone: Backbone, module: TenantModule | None, token_ids: Ids, type_ids: Ids) -> Tensor:
+def dense_hidden(
+    backbone: Backbone, module: TenantModule | None, token_ids: Ids, type_ids: Ids, path: str = "plain"
+) -> Tensor:
     """Last hidden states [n, H] fp32 of one sequence of n tokens."""
     config = backbone.config
     ids, types = torch.as_tensor(token_ids).long(), torch.as_tensor(type_ids).long()
@@ -55,9 +60,16 @@ def dense_hidden(backbone: Backbone, module: TenantModule | None, token_ids: Ids
         raise ShapeError(f"ids {tuple(ids.shape)}, types {tuple(types.shape)}: give [n], n in 1..{config.max_length}")
     deltas = () if module is None else module.deltas
     weights = merge(backbone.weights, deltas)
-    hidden = _embed(config, weights, ids, types)
+    first = 0
+    if path == "plain":
+        hidden = _embed(config, weights, ids, types)
+    else:
+        if backbone.skip is None:
+            raise ShapeError(f"the backbone has no skip part, and so no path {path!r}")
+        first = backbone.skip.config.first_layer
+        hidden = _skipped(backbone, backbone.skip, ids, types, path)
     bias = _relative_bias(config, weights, len(ids))
-    for i in range(config.num_layers):
+    for i in range(first, config.num_layers):
         adapters = [delta for delta in deltas if isinstance(delta, Bottleneck) and delta.layer == i]
         hidden = _layer(config, _layer_weights(weights, i), adapters, hidden, bias)
     return hidden
@@ -169,6 +181,38 @@ def _sub_layer(
 def _bottleneck(adapter: Bottleneck, rows: Tensor) -> Tensor:
     inner = _ACTIVATIONS[adapter.activation](rows @ adapter.down.float() + adapter.down_bias.float())
     return inner @ adapter.up.float() + adapter.up_bias.float()
+
+
+def _skipped(backbone: Backbone, skip: Skip, ids: Tensor, types: Tensor, path: str) -> Tensor:
+    """What enters the upper layers, [n, H]: each n-gram by itself, of the slots that are there only."""
+    config, weights, n = backbone.config, skip.weights, len(ids)
+    merged = torch.zeros(n, config.hidden_size)
+    for i in range(n):
+        kept = 3 - i % 3 if path == "backoff" else 3
+        slots = [s for s in range(3) if 0 <= i + s - 1 < n and (s == 1 or skip.config.window == 3)]
+        slots = [s for s in slots if s == 1 or kept == 3 or (kept == 2 and s == 2)]
+        rows = backbone.weights["word_embeddings"][ids[[i + s - 1 for s in slots]]]
+        rows = _norm(config, weights, "emb_norm", rows + weights["position_embeddings"][slots])
+        for layer in range(skip.config.local_layers):
+            rows = _local_layer(config, _layer_weights(weights, layer), rows)
+        for s, row in zip(slots, rows, strict=True):
+            gate = torch.sigmoid(row @ weights["gate.weight"][s] + weights["gate.bias"][s])
+            merged[i + s - 1] += gate * row
+    merged = merged + weights["merge.position_embeddings"][:n]
+    merged = merged + weights["merge.type_embeddings"][types.clamp(max=skip.config.type_vocab_size - 1)]
+    return _norm(config, weights, "merge.norm", merged)
+
+
+def _local_layer(config: EncoderConfig, weights: Weights, rows: Tensor) -> Tensor:
+    """An ordinary layer, but that its rows see the sinks as well."""
+    q, k, v = (_linear(weights, site, rows) for site in ("q", "k", "v"))
+    k, v = torch.cat([weights["sink_keys"], k]), torch.cat([weights["sink_values"], v])
+    q, k, v = (x.view(len(x), config.num_heads, config.head_size).transpose(0, 1) for x in (q, k, v))
+    scores = (q @ k.transpose(1, 2) / math.sqrt(config.head_size)).softmax(-1)
+    attended = _linear(weights, "attn_out", (scores @ v).transpose(0, 1).reshape(rows.shape))
+    hidden = _norm(config, weights, "attn_norm", rows + attended)
+    wide = _ACTIVATIONS[config.activation](_linear(weights, "ffn_up", hidden))
+    return _norm(config, weights, "ffn_norm", hidden + _linear(weights, "ffn_down", wide))
 
 
 def _relative_bias(config: EncoderConfig, weights: Weights, length: int) -> Tensor | float:

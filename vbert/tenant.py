@@ -17,6 +17,7 @@ from torch import Tensor
 __all__ = [
     "BOTTLENECK_SITES",
     "HEAD_KINDS",
+    "PATHS",
     "Affine",
     "Bottleneck",
     "Delta",
@@ -30,6 +31,9 @@ __all__ = [
 ]
 
 HEAD_KINDS = ("classify", "token_classify", "embed", "rerank")
+# Ways through the lower layers that a tenant may be trained for: all plain layers; local layers on whole n-grams;
+# n-grams of which the rarer are replaced by shorter ones.
+PATHS = ("plain", "exact", "backoff")
 
 # in-tap and out-tap of a bottleneck around a sub-layer. `input`: what enters the sub-layer; `output`: what leaves
 # it, before residual and LayerNorm; `normed`: LayerNorm(output + residual), read only; `after`: after the LayerNorm.
@@ -139,19 +143,23 @@ class SelfTest:
     """One input with the answer an independent implementation gave, fp32.
 
     token_ids, type_ids: as the tokenizer made them. expected: the head's output before softmax or sigmoid: logits
-    [C], token logits [n, C], or the pooled, projected, normalised embedding [D].
+    [C], token logits [n, C], or the pooled, projected, normalised embedding [D]. path: the one that is tested; of
+    `backoff`, token i keeps 3, 2 or 1 tokens of its n-gram as i mod 3 is 0, 1 or 2.
     """
 
     token_ids: Tensor  # [n] int64
     type_ids: Tensor  # [n] int64
     expected: Tensor  # [C], [n, C] or [D] float32
+    path: str = "plain"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenantModule:
     """One version of one tenant, independent of its name.
 
-    backbone_fingerprint: of the backbone it was made for (`vbert.formats.fingerprint`); another one refuses it.
+    backbone_fingerprint: of the backbone it was made for (`vbert.formats.fingerprint`); another one refuses it. Of its
+        skip part where the tenant cannot go the plain way.
+    paths: those of PATHS it was trained for. skip_fingerprint: of the skip part, where they are more than the plain one.
     max_length: tokens, when the tenant takes less than the backbone does.
     source: where it came from, for people: {"format": "peft", "method": "LORA", ...}; JSON values only.
     """
@@ -161,4 +169,6 @@ class TenantModule:
     head: Head
     max_length: int | None = None
     self_tests: tuple[SelfTest, ...] = ()
+    paths: tuple[str, ...] = ("plain",)
+    skip_fingerprint: str = ""
     source: dict[str, Any] = field(default_factory=dict)

@@ -41,7 +41,7 @@ def check_native(data: bytes, backbone: Backbone) -> TenantHeader:
     Raises CorruptFile, WrongBackbone.
     """
     header = parse_header(data)
-    header.check(backbone.config, backbone.fingerprint)
+    header.check(backbone.config, backbone.fingerprint, backbone.skip)
     tensors = load_tensors(data)
     if (layout := header.layouts.get("sparse")) is not None:
         columns, row_starts = tensors["delta.sparse.columns"], tensors["delta.sparse.row_starts"]
@@ -56,7 +56,7 @@ def _rounded(module: TenantModule, backbone: Backbone) -> TenantModule:
     """
     rounded = read_tenant_bytes(write_tenant(module, torch.bfloat16))
     tests = module.self_tests
-    answers = [dense_forward(backbone, rounded, test.token_ids, test.type_ids) for test in tests]
+    answers = [dense_forward(backbone, rounded, test.token_ids, test.type_ids, test.path) for test in tests]
     check_outputs(tests, answers, torch.bfloat16)
     exact = tuple(replace(test, expected=answer) for test, answer in zip(tests, answers, strict=True))
     return replace(rounded, self_tests=exact)

@@ -56,7 +56,7 @@ def read_native(path: Path, backbone: Backbone, task: str | None = None) -> Tena
     """Read a native file made for this backbone. Raises: CorruptFile, WrongBackbone, RefusedCheckpoint."""
     data = path.read_bytes()
     header = parse_header(data)
-    header.check(backbone.config, backbone.fingerprint)
+    header.check(backbone.config, backbone.fingerprint, backbone.skip)
     if task not in (None, header.task):
         raise RefusedCheckpoint(f"the file holds a {header.task} head, not {task}; leave the task out", param="task")
     return read_tenant_bytes(data)

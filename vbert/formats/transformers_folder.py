@@ -19,7 +19,9 @@ from vbert.config import ACTIVATIONS, MODEL_TYPES, EncoderConfig
 from vbert.errors import CorruptFile, RefusedCheckpoint
 from vbert.formats.names import NAMES, weight_keys, weight_shapes
 from vbert.formats.sentence_transformers import read_embed_head
+from vbert.formats.skip_folder import SKIP_MODEL_TYPE, read_skip
 from vbert.formats.tensors import malformed_is_corrupt, read_json, read_tensors, weight_files
+from vbert.skip import Skip
 from vbert.tenant import Head
 
 __all__ = ["Backbone", "backbone_name", "fingerprint", "read_backbone", "read_config"]
@@ -31,7 +33,8 @@ class Backbone:
 
     weights: fp32, our names (`weight_shapes` lists them). name: served name unless the operator gives another.
     embed_head: how the folder says sentences are pooled; mean where it says nothing. Always L2-normalised.
-    fingerprint: "sha256:<hex>" over config numbers and weights; tenants carry it.
+    fingerprint: "sha256:<hex>" over config numbers and weights; tenants carry it. skip: what can stand in for the lower
+    layers, where the folder has it.
     """
 
     config: EncoderConfig
@@ -40,6 +43,7 @@ class Backbone:
     embed_head: Head
     fingerprint: str
     folder: Path
+    skip: Skip | None = None
 
 
 def read_backbone(folder: Path | str) -> Backbone:
@@ -60,6 +64,9 @@ def backbone_name(folder: Path) -> str:
 
 def _read(folder: Path) -> Backbone:
     raw = read_json(folder / "config.json")
+    only_skips = raw.get("model_type") == SKIP_MODEL_TYPE
+    if only_skips:
+        raw |= {"model_type": "bert"}
     model_type = _checked_model_type(raw)
     prefix = NAMES[model_type].prefix + "."
     files = weight_files(folder)
@@ -67,13 +74,18 @@ def _read(folder: Path) -> Backbone:
     tensors = {_modern(key.removeprefix(prefix)): tensor for key, tensor in tensors.items()}
     config = read_config(raw, has_pooler="pooler.dense.weight" in tensors)
     weights = _named(config, tensors, folder)
+    own = fingerprint(config, weights)
+    skip = read_skip(folder, config, own)
+    if only_skips and (skip is None or skip.config.first_layer):
+        raise CorruptFile(f"{folder} has only upper layers, and no skip.json that says what lies below; copy it whole")
     return Backbone(
         config=config,
         weights=weights,
         name=backbone_name(folder),
         embed_head=read_embed_head(folder, config.hidden_size),
-        fingerprint=fingerprint(config, weights),
+        fingerprint=skip.fingerprint if only_skips and skip is not None else own,
         folder=folder,
+        skip=skip,
     )
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from vbert.errors import ShapeError
 
-__all__ = ["CODE_BITS", "MAX_TOKEN_ID", "build_index", "find_rows", "look_up", "ngram_keys", "parts_of", "places_for"]
+__all__ = ["CODE_BITS", "MAX_TOKEN_ID", "build_index", "find_rows", "insert_key", "look_up", "ngram_keys", "parts_of", "places_for", "remove_key"]
 
 CODE_BITS = 21
 MAX_TOKEN_ID = (1 << CODE_BITS) - 2
@@ -128,6 +128,40 @@ def _build(keys, index):  # type: ignore[no-untyped-def]
         index[place, 0] = key
         index[place, 1] = i
     return -1
+
+
+@numba.njit(nogil=True, cache=True)
+def insert_key(key, row, index):  # type: ignore[no-untyped-def]
+    """A key that is not there, in an index with a free place. Only inside kernels."""
+    mask = np.uint64(len(index) - 1)
+    place = _place(key, mask)
+    while index[place, 0] != 0:
+        place = (place + _ONE) & mask
+    index[place, 0], index[place, 1] = key, np.uint64(row)
+
+
+@numba.njit(nogil=True, cache=True)
+def remove_key(key, index):  # type: ignore[no-untyped-def]
+    """Take a key out, and move back what lies beyond its place only because it was there. Only inside kernels.
+
+    Source: Knuth, The Art of Computer Programming, volume 3, section 6.4, algorithm R.
+    """
+    mask = np.uint64(len(index) - 1)
+    hole = _place(key, mask)
+    while index[hole, 0] != key:
+        if index[hole, 0] == 0:
+            return
+        hole = (hole + _ONE) & mask
+    place = hole
+    while True:
+        place = (place + _ONE) & mask
+        if index[place, 0] == 0:
+            break
+        home = _place(index[place, 0], mask)
+        if ((place - home) & mask) >= ((place - hole) & mask):  # the hole lies between its home and it
+            index[hole, 0], index[hole, 1] = index[place, 0], index[place, 1]
+            hole = place
+    index[hole, 0], index[hole, 1] = np.uint64(0), np.uint64(0)
 
 
 @numba.njit(nogil=True, cache=True, inline="always")

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from vbert.errors import ConfigError, CorruptFile, ShapeError, WrongBackbone
 from vbert.kernels.rows import as_rows, load, store
-from vbert.ngram.index import Keys, Rows, build_index, look_up
+from vbert.ngram.index import Keys, Rows, build_index, find_rows, look_up
+from vbert.ngram.views import add_views
 
 __all__ = ["NgramTable", "TableWriter"]
 
@@ -85,6 +86,17 @@ class NgramTable:
         if len(rows) and int(rows.max()) >= len(self):
             raise CorruptFile(f"the index of {self.path} names a row beyond its {len(self)}; {_AGAIN}")
         return rows, kept
+
+    def find(self, keys: Keys) -> Rows:
+        """[n] rows of exactly these n-grams, -1 where there is none. Raises CorruptFile as `look_up` does."""
+        rows = find_rows(keys, self._index)
+        if len(rows) and int(rows.max()) >= len(self):
+            raise CorruptFile(f"the index of {self.path} names a row beyond its {len(self)}; {_AGAIN}")
+        return rows
+
+    def add_views(self, rows: Rows, cu_seqlens: NDArray[np.int64], out: Tensor) -> None:
+        """As vbert.ngram.views.add_views."""
+        add_views(self.rows, rows, cu_seqlens, out=out, scales=self._scales)
 
     def gather(self, rows: Rows, out: Tensor) -> None:
         """Fill out [n, 3, H], float32 or bfloat16 in host memory; what has row -1 is left. Raises ShapeError."""

@@ -1,0 +1,123 @@
+"""Unlabelled text for distillation: files of lines or of JSON objects, tokenised once, in batches of similar lengths."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from training.progress import Progress, silent
+from training.skip_student import Batch
+from vbert.errors import BadRequest
+from vbert.tokenizer import Input, Tokenizer
+
+__all__ = ["Texts", "read_texts"]
+
+_AT_ONCE = 4096  # texts tokenised in one call
+_POOL_BATCHES = 32  # batches that are drawn together and then cut by length
+
+
+def read_texts(path: Path | str) -> Iterator[Input]:
+    """Each line of FILE.txt[.gz], or the text of each object of FILE.jsonl[.gz]: "text", a pair with "text_b", or
+    "tokens". Raises BadRequest naming the file, and the line where it is one."""
+    path = Path(path)
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield line.strip() if ".jsonl" not in path.name else _text_of(line, f"{path} line {number}")
+    except FileNotFoundError:
+        raise BadRequest(f"{path} does not exist; give a .txt or .jsonl file, or one of these with .gz") from None
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise BadRequest(f"{path} cannot be read ({error}); save it again as UTF-8") from None
+
+
+def _text_of(line: str, where: str) -> Input:
+    try:
+        value = json.loads(line)
+        if "tokens" in value:
+            return " ".join(value["tokens"])
+        text = value["text"]
+        found = (text, value["text_b"]) if "text_b" in value else text
+        if not all(isinstance(part, str) and part.strip() for part in ([text] if found is text else found)):
+            raise TypeError("no text")
+    except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
+        raise BadRequest(f'{where}: {error!r}; give an object with "text" or "tokens"') from None
+    return found
+
+
+class Texts:
+    """Token sequences one after the other. ids, types: [T] int32; starts: [N + 1]."""
+
+    def __init__(self, ids: NDArray[np.int32], types: NDArray[np.int32], starts: NDArray[np.int64]) -> None:
+        self.ids, self.types, self.starts = ids, types, starts
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids)
+
+    @classmethod
+    def tokenise(
+        cls, files: Sequence[Path | str], tokenizer: Tokenizer, max_length: int, progress: Progress = silent
+    ) -> Texts:
+        """All texts of some files. A text longer than `max_length` is cut into pieces, each with the special tokens of
+        the whole at its ends; a pair is cut at its end."""
+        ids: list[list[int]] = []
+        types: list[list[int]] = []
+        for done, file in enumerate(files):
+            progress(f"reading: {Path(file).parent.name}/{Path(file).name}", done, len(files))
+            every = list(read_texts(file))
+            for i in range(0, len(every), _AT_ONCE):
+                chunk = every[i : i + _AT_ONCE]
+                for item, encoded in zip(chunk, tokenizer.encode(chunk, offsets=False), strict=True):
+                    if isinstance(item, str) and len(encoded.token_ids) > max_length:
+                        first, *body, last = encoded.token_ids
+                        step = max_length - 2
+                        pieces = [[first, *body[j : j + step], last] for j in range(0, len(body), step)]
+                    else:
+                        pieces = [encoded.token_ids[:max_length]]
+                    ids += pieces
+                    types += [encoded.type_ids[: len(piece)] for piece in pieces]
+        progress("reading: done", len(files), len(files))
+        if not ids:
+            raise BadRequest(f"{', '.join(map(str, files))}: no text at all; give files that have some")
+        starts = np.concatenate([[0], np.cumsum([len(piece) for piece in ids])]).astype(np.int64)
+        flat = (np.fromiter((i for piece in part for i in piece), np.int32, starts[-1]) for part in (ids, types))
+        return cls(*flat, starts)
+
+    def batch(self, indices: NDArray[np.int64], device: torch.device) -> Batch:
+        lengths = self.starts[indices + 1] - self.starts[indices]
+        at = np.arange(int(lengths.max()))[None, :]
+        real = at < lengths[:, None]
+        places = np.where(real, self.starts[indices][:, None] + at, 0)
+        ids, types = (torch.from_numpy(np.where(real, part[places], 0).astype(np.int64)) for part in (self.ids, self.types))
+        return Batch(ids.to(device), types.to(device), torch.from_numpy(real).to(device))
+
+
+def draw(parts: Sequence[Texts], batch_size: int, seed: int) -> Iterator[tuple[Texts, NDArray[np.int64]]]:
+    """Batches without end, from each part in turn; a part that is used up begins again in another order."""
+    streams = [_batches(part, batch_size, seed + 1000 * i) for i, part in enumerate(parts)]
+    while True:
+        for part, stream in zip(parts, streams, strict=True):
+            yield part, next(stream)
+
+
+def _batches(part: Texts, batch_size: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    lengths, rng = np.diff(part.starts), np.random.default_rng(seed)
+    while True:
+        order = rng.permutation(len(part))
+        for i in range(0, len(order), batch_size * _POOL_BATCHES):
+            pool = order[i : i + batch_size * _POOL_BATCHES]
+            pool = pool[np.argsort(lengths[pool], kind="stable")]
+            cut = [pool[j : j + batch_size] for j in range(0, len(pool), batch_size)]
+            for k in rng.permutation(len(cut)):
+                yield cut[k]

@@ -1,0 +1,133 @@
+"""The lower end of a skip backbone: n-grams to rows, and added-up rows to what enters the upper layers.
+
+An n-gram (a, b, c) goes alone through a few transformer layers; besides its own slots each layer attends to some
+constant keys and values ("sinks") that stand for the rest of a text. What comes out, u [3, H], is scaled by a gate,
+
+    u_s <- u_s * sigmoid(w_s . u_s + b_s),    0 where the slot is empty,
+
+and depends on three ids only, so it can be stored. A token is what the n-grams around it say of it, added up, with its
+position and type, normalised: z_i = LayerNorm(u_i[1] + u_{i+1}[0] + u_{i-1}[2] + P[i] + T[type_i]).
+
+Source: Wang et al. 2022, SkipBERT (ACL); the sinks, a gate for each slot and masked empty slots are ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vbert.batch import AttentionPlan, PackedRows
+from vbert.config import EncoderConfig
+from vbert.deltas import BatchDeltas
+from vbert.encoder import Encoder
+from vbert.skip import SLOTS, Skip
+from vbert.ngram.index import Keys, parts_of
+from vbert.workspace import Workspace
+
+__all__ = ["LocalLayers"]
+
+_AT_ONCE = 4096  # n-grams in one forward
+
+
+class LocalLayers:
+    """In one dtype on one device. Not for several threads at once: it keeps its buffers."""
+
+    def __init__(self, encoder: Encoder, skip: Skip) -> None:
+        """encoder: the one above, whose word embeddings these layers read."""
+        self.config, self.fingerprint, self.base = skip.config, skip.fingerprint, skip.base
+        self._dtype, self._device, self._words = encoder.dtype, encoder.device, encoder
+        dtype, device, weights, shape = encoder.dtype, encoder.device, skip.weights, encoder.config
+        local = _local_config(shape, skip.config.local_layers)
+        nothing = {"word_embeddings": torch.zeros(1, shape.hidden_size)}
+        self._encoder = Encoder(local, weights | nothing, dtype, device)
+        self._num_heads = shape.num_heads
+
+        def get(name: str, dtype: torch.dtype = dtype) -> Tensor:
+            return weights[name].to(device=device, dtype=dtype)
+
+        self._sinks = [
+            (get(f"layers.{i}.sink_keys"), get(f"layers.{i}.sink_values")) for i in range(skip.config.local_layers)
+        ]
+        self._gate_weight, self._gate_bias = get("gate.weight", torch.float32), get("gate.bias", torch.float32)
+        self._position, self._type = get("merge.position_embeddings"), get("merge.type_embeddings")
+        self._norm = get("merge.norm.weight"), get("merge.norm.bias")
+        self._eps, self._width = shape.layer_norm_eps, shape.hidden_size
+        self._deltas = BatchDeltas([None], [0, 0])
+        self._space = Workspace(dtype, device)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all weights; the word embeddings are the encoder's."""
+        own = [self._position, self._type, *self._norm, *(sink for pair in self._sinks for sink in pair)]
+        return self._encoder.num_bytes + sum(tensor.nbytes for tensor in own)
+
+    @torch.inference_mode()
+    def encode(self, keys: Keys) -> Tensor:
+        """[n] n-grams (vbert/ngram/index.py) to their rows, [n, 3, H] on the device."""
+        parts = [self._encode(keys[i : i + _AT_ONCE]) for i in range(0, len(keys), _AT_ONCE)]
+        if not parts:
+            return torch.empty(0, SLOTS, self._width, dtype=self._dtype, device=self._device)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @torch.inference_mode()
+    def enter(self, rows: Tensor, position_ids: Tensor, type_ids: Tensor) -> Tensor:
+        """What enters the upper layers, [T, H] of the model's dtype. rows: [T, H], added up; ids: [T], positions in
+        their sequence from 0 on."""
+        hidden = rows + F.embedding(position_ids, self._position) + F.embedding(type_ids, self._type)
+        return F.layer_norm(hidden.to(self._dtype), (self._width,), *self._norm, self._eps)
+
+    def _encode(self, keys: Keys) -> Tensor:
+        ids = torch.from_numpy(parts_of(keys))
+        present = (ids >= 0).to(self._device)
+        rows = _slots(ids.clamp(min=0), self._device)
+        hidden = self._encoder.embed(rows, self._deltas, self._words.word_rows(rows))
+        for i, sinks in enumerate(self._sinks):
+            attention = _SlotAttention(present, self._num_heads, *sinks)
+            hidden = self._encoder.layer(i, hidden, attention, self._deltas, self._space)
+        u = hidden.view(len(ids), SLOTS, self._width)
+        gate = torch.sigmoid((u.float() * self._gate_weight).sum(-1) + self._gate_bias) * present
+        return u * gate.unsqueeze(-1).to(u.dtype)
+
+
+class _SlotAttention:
+    """Three slots attend to those of them that are there, and to the sinks."""
+
+    def __init__(self, present: Tensor, num_heads: int, keys: Tensor, values: Tensor) -> None:
+        """present: [m, 3] bool. keys, values: [S, H]."""
+        sinks = present.new_ones(len(present), len(keys))
+        self._mask = torch.cat([sinks, present], 1)[:, None, None, :]
+        self._num_heads, self._keys, self._values = num_heads, keys, values
+
+    def __call__(self, qkv: Tensor) -> Tensor:
+        """[3 m, 3 H] to [3 m, H]."""
+        m = len(qkv) // SLOTS
+        q, k, v = qkv.view(m, SLOTS, 3, -1).unbind(2)  # [m, 3, H]
+        k, v = (torch.cat([sink.expand(m, -1, -1), own], 1) for sink, own in ((self._keys, k), (self._values, v)))
+        q, k, v = (rows.unflatten(2, (self._num_heads, -1)).transpose(1, 2) for rows in (q, k, v))
+        context = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask)
+        return context.transpose(1, 2).reshape(m * SLOTS, -1)
+
+
+def _slots(ids: Tensor, device: torch.device) -> PackedRows:
+    """The slots of n-grams as rows; their position is the slot, on a device. ids: [m, 3], in host memory."""
+    position_ids = torch.arange(SLOTS, device=device).repeat(len(ids))
+    flat = ids.reshape(-1)
+    return PackedRows(
+        token_ids=flat,
+        type_ids=torch.zeros_like(flat),
+        position_ids=position_ids,
+        cu_seqlens=np.arange(0, len(flat) + 1, SLOTS),
+        longest=SLOTS,
+        attention=AttentionPlan((), None, None),
+    )
+
+
+def _local_config(encoder: EncoderConfig, layers: int) -> EncoderConfig:
+    """Of an encoder of so many layers over slots: no types, no offset of positions."""
+    return replace(
+        encoder, num_layers=layers, type_vocab_size=0, position_offset=0, max_length=SLOTS, has_pooler=False
+    )
