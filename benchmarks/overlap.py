@@ -31,7 +31,8 @@ from benchmarks.report import output_flags, publish
 from benchmarks.timing import Timing, interleave
 from benchmarks.workload import ALL_SHAPES, LENGTHS, make_requests, write_backbone
 from runtime.clock import MonotonicClock
-from runtime.forwards import Computed, Forwards, Launch
+from runtime.forwards import Forwards
+from runtime.launch import Computed, Launch
 from runtime.streams import open_device
 from runtime.threads import ThreadChoice
 from runtime.trace import LANES, Trace

@@ -61,7 +61,7 @@ def check_name(name: str, backbone_name: str) -> None:
 
 
 def put(store: TenantStore | RemoteStore, name: str, data: bytes, **options: Any) -> dict[str, Any]:
-    from runtime.store import ModuleFacts
+    from runtime.versions import ModuleFacts
     from vbert.header import parse_header
 
     version, created = store.put(name, data, ModuleFacts.of(parse_header(data)), **options)

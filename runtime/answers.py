@@ -68,6 +68,7 @@ def _common(done: Pending) -> dict[str, Any]:
         "version": done.served.key.version,
         "timings": done.timings,
         "tokens": tuple(len(e.token_ids) for e in done.encoded),
+        "paths": tuple(done.paths),
         "truncated": tuple(len(e.token_ids) < e.full_length for e in done.encoded),
     }
 

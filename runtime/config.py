@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from runtime.paths import PathRules, table_files
 from runtime.residency import residency_policy
 from runtime.sequence_sharing import SequenceSharing
 from vbert.errors import ConfigError
@@ -19,6 +20,7 @@ _MAY_BE_ZERO = {
     "sequence_store_bytes",
     "sequence_disk_bytes",
     "sequence_layer",
+    "ngram_cache_bytes",
 }
 
 
@@ -60,6 +62,18 @@ class EngineConfig:
     sequence_sharing: tuple[str, ...] = option(
         (), "PATTERN=shared, own or off, by tenant, the first that fits: who may share kept texts; else all do"
     )
+    ngrams: tuple[str, ...] = option(
+        (), "files of `vbert ngrams`, for a skip backbone: FILE for all tenants, DOMAIN=FILE for those of a domain"
+    )
+    ngram_domains: tuple[str, ...] = option(
+        (), "PATTERN=DOMAIN, by tenant, the first that fits; else only files for all"
+    )
+    ngram_cache_bytes: int = option(
+        0, "bytes for n-grams that no file has and that came twice, with a skip backbone; 0: none are kept"
+    )
+    paths: tuple[str, ...] = option(
+        (), "PATTERN=auto, plain, exact, compute or backoff, by tenant: how texts pass a skip backbone; else auto"
+    )
     cuda_graphs: str = option("off", "on or off: on a GPU, replay CUDA graphs of batches that come often")
     trace: str = option("", "write a Chrome trace of the lanes to this file")
     profile: str = option(
@@ -91,6 +105,7 @@ class EngineConfig:
         if self.lanes != ("none",) and (not self.lanes or set(self.lanes) - {"rows", "modules", "compute"}):
             raise ConfigError(f"lanes is {','.join(self.lanes)!r}; give some of rows, modules and compute, or none")
         SequenceSharing(self.sequence_sharing)
+        PathRules(self.paths, self.ngram_domains, [domain for domain in table_files(self.ngrams) if domain])
         if self.cuda_graphs not in ("on", "off"):
             raise ConfigError(f"cuda_graphs is {self.cuda_graphs!r}; use on or off")
         if self.word_rows not in ("memory", "mapped"):

@@ -21,6 +21,7 @@ from runtime.manager import Manager, typical_load_s
 from runtime.metrics import Metrics, MetricsSnapshot
 from runtime.module_files import ModuleFiles
 from runtime.parts import Parts, host_budget_bytes
+from runtime.paths import PathRules, table_files
 from runtime.pending import Pending
 from runtime.pipeline import Pipeline
 from runtime.pressure import MemoryPressure
@@ -62,6 +63,7 @@ class Core:
         threads = ThreadChoice.of_lane(config.compute_threads, usable_cores(), log_collapse)
         throughput = Throughput(parts.cost.forward_s if parts.cost else None)
         self._sharing = SequenceSharing(config.sequence_sharing)
+        self._paths = PathRules(config.paths, config.ngram_domains, list(table_files(config.ngrams)))
         self._files = ModuleFiles(parts.store.blob_path)
         self.through = self._through_host(spawn)
         self._forwards = Forwards(
@@ -74,7 +76,7 @@ class Core:
             results=lanes.results,
             overlapped="compute" in config.lanes,
             source=parts.words,
-            sequences=parts.sequences,
+            stores=parts.stores,
             arriving=lambda tenant: self.through.arriving(tenant) if self.through else None,
             trace=parts.trace,
         )
@@ -89,6 +91,7 @@ class Core:
             rate=lambda: self.pipeline.tokens_per_s(config.max_batch_tokens),
             pressure=lambda: self.pipeline.pressure.refusal,
             wake=event.set,
+            paths=self._paths,
             clock=clock,
             metrics=metrics,
         )
@@ -125,6 +128,7 @@ class Core:
             clock=clock,
             metrics=metrics,
             scope=self._scope,
+            domain=lambda pending: self._paths.domain(pending.served.key.tenant),
         )
         self.health = Health(
             ask=self._ask_canary, waiting_since_s=self._waiting_since_s, loop_lag=metrics.loop_lag, clock=clock
@@ -157,7 +161,7 @@ class Core:
 
     def _scope(self, pending: Pending) -> bytes | None:
         """Canaries and self-tests, which prove that the backbone computes, take no part."""
-        store = self.parts.sequences
+        store = self.parts.stores.sequences
         if store is None or pending.caller == CANARY:
             return None
         return self._sharing.scope(pending.served.key.tenant, store.salt)
@@ -219,10 +223,12 @@ class Core:
 
     def snapshot(self) -> MetricsSnapshot:
         queue, manager, pipeline = self.dispatcher.queue, self.manager, self.pipeline
+        sequences, ngrams = self.parts.stores.sequences, self.parts.stores.ngrams
         return self.metrics.snapshot(
             resident_bytes=manager.bytes_by_kind,
             memory_bytes=self._memory_bytes(),
-            sequences=asdict(self.parts.sequences.counts) if self.parts.sequences is not None else {},
+            sequences=asdict(sequences.counts) if sequences is not None else {},
+            ngrams=asdict(ngrams.counters) if ngrams is not None else {},
             resident_modules=len(manager.resident),
             module_budget_bytes=self.config.module_budget_bytes,
             loading_modules=len(manager.loading),
@@ -234,13 +240,14 @@ class Core:
 
     def _memory_bytes(self) -> dict[str, int]:
         """What holds memory. rows: a mapped file, whose pages the system keeps and drops."""
-        model, words, through, sequences = self.parts.model, self.parts.words, self.through, self.parts.sequences
+        model, words, through, stores = self.parts.model, self.parts.words, self.through, self.parts.stores
         return {
-            "backbone": model.encoder.num_bytes,
+            "backbone": model.encoder.num_bytes + (0 if model.local is None else model.local.num_bytes),
             "modules": self.manager.bytes_by_kind.total(),
             "host_modules": 0 if through is None else through.host.num_bytes,
             "rows": 0 if words is None else words.table.nbytes,
-            "sequences": 0 if sequences is None else sequences.num_bytes,
+            "sequences": 0 if stores.sequences is None else stores.sequences.num_bytes,
+            "ngrams": 0 if stores.ngrams is None else stores.ngrams.num_bytes,
             "activations": model.activation_bytes,
             "staging": self._forwards.staging_bytes,
         }
@@ -248,7 +255,9 @@ class Core:
     async def _ask_canary(self) -> None:
         """Through the queue and the compute lane like any request; the numbers must be those of the dense reference."""
         canary = self.parts.canary
-        done = await self.dispatcher.submit("embed", self.parts.name, [canary.token_ids.tolist()], Terms(caller=CANARY))
+        path = "compute" if canary.path == "exact" else canary.path  # what is stored proves nothing
+        terms = Terms(caller=CANARY, path=path)
+        done = await self.dispatcher.submit("embed", self.parts.name, [canary.token_ids.tolist()], terms)
         check_outputs([canary], [output for output in done.outputs if output is not None], self.parts.model.dtype)
 
     def _waiting_since_s(self) -> float | None:

@@ -9,6 +9,7 @@ them. Policies ask it before anything has run; what is learned meanwhile correct
 | load/warm, load/cold | bytes of a module in memory | its file is in the page cache; it is on the disk only |
 | upload | bytes, host to device | only where there is a device |
 | gather_rows/WIDTH | rows of a table in memory | rows of WIDTH numbers |
+| local | n-grams through the local layers of a skip backbone | only where there is one |
 | self_test | modules whose self-tests are replayed in one batch | |
 """
 
@@ -126,6 +127,10 @@ class CostModel:
     def gather_s(self, rows: int) -> float:
         """Rows of the backbone's width, gathered from a table in memory."""
         return self._curve(f"gather_rows/{self.conditions.hidden}").seconds(rows)
+
+    def local_s(self, ngrams: int) -> float:
+        """So many n-grams through the local layers of a skip backbone."""
+        return self._curve("local").seconds(ngrams)
 
     def self_test_s(self, modules: int = 1) -> float:
         """Replaying the self-tests of so many modules in one batch."""

@@ -23,6 +23,7 @@ from runtime.config import EngineConfig
 from runtime.errors import DeadlineExceeded, Draining
 from runtime.inputs import check_inputs, check_method, in_chunks
 from runtime.metrics import Metrics
+from runtime.paths import PathRules
 from runtime.pending import Pending
 from runtime.request import Input, Served, Slice
 from runtime.room import Room
@@ -38,11 +39,13 @@ _INLINE_CHARS = 4_000  # tokenised on the event loop: under 1 ms; a thread would
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """How a caller wants a request treated. deadline_s: seconds from now. truncate: cut what is too long."""
+    """How a caller wants a request treated. deadline_s: seconds from now. truncate: cut what is too long. path: how its
+    inputs pass the lower layers (runtime/paths.py); None: as its tenant's do."""
 
     deadline_s: float | None = None
     truncate: bool = False
     caller: str = "local"
+    path: str | None = None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -60,6 +63,7 @@ class Dispatcher:
     rate: Callable[[], float | None]
     pressure: Callable[[], VbertError | None]
     wake: Callable[[], None]
+    paths: PathRules
     clock: Clock
     metrics: Metrics
     queue: WaitingQueue = field(default_factory=WaitingQueue)
@@ -178,6 +182,7 @@ class Dispatcher:
             raise BadRequest(f"the tenant is of type {type(tenant).__name__}; give its name", param="model")
         served = self.serves(tenant)
         check_method(served, method)
+        paths = self.paths.allowed(served, terms.path)
         num_chars = check_inputs(
             inputs, method, max_inputs=self.config.max_request_inputs, max_chars=self.config.max_input_chars
         )
@@ -197,6 +202,7 @@ class Dispatcher:
                 caller=terms.caller,
                 inputs=inputs,
                 encoded=encoded,
+                may_take=paths,
                 arrival_s=arrival_s,
                 enqueued_s=self.clock.now_s(),
                 deadline_s=deadline_s,
@@ -267,6 +273,7 @@ class Dispatcher:
 
     def _count(self, pending: Pending) -> None:
         self.metrics.inputs[pending.method] += len(pending.encoded)
+        self.metrics.paths.update(pending.paths)
         self.metrics.tokens += sum(len(e.token_ids) for e in pending.encoded)
         self.metrics.observe_request(pending.served.kinds, pending.timings)
 

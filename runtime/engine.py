@@ -28,7 +28,7 @@ from runtime.parts import Parts, load_parts
 from runtime.pending import Pending
 from runtime.request import ClassifyResult, EmbedResult, Input, RerankResult, ScoreResult, TokenClassifyResult
 from runtime.scheduler import BatchPolicy, TokenBudget
-from runtime.store import TenantVersion
+from runtime.versions import TenantVersion
 from vbert.config import EncoderConfig
 from vbert.errors import ConfigError
 
@@ -42,7 +42,9 @@ class Engine:
     """Every method of a request raises what runtime/errors.py and vbert/errors.py name, nothing else.
 
     deadline_s: seconds after which the request is given up, EngineConfig.default_deadline_s if None. truncate: cut
-    inputs that are too long instead of refusing them. caller: whose share of the queue is used.
+    inputs that are too long instead of refusing them. path: how the inputs pass the lower layers, `plain`, `exact`,
+    `compute`, `backoff` or `auto`, of those the tenant was trained for; None: as its tenant's rule says, else auto.
+    caller: whose share of the queue is used.
     """
 
     def __init__(self, config: EngineConfig, *, clock: Clock | None = None, policy: BatchPolicy | None = None) -> None:
@@ -100,10 +102,13 @@ class Engine:
         *,
         deadline_s: float | None = None,
         truncate: bool = False,
+        path: str | None = None,
         caller: str = "local",
     ) -> EmbedResult:
         """Embeddings [N, D] of texts, pairs or lists of token ids; of the backbone itself under its own name."""
-        done = await self._submit("embed", tenant, inputs, deadline_s, truncate, caller)
+        done = await self._submit(
+            "embed", tenant, inputs, Terms(deadline_s=deadline_s, truncate=truncate, path=path, caller=caller)
+        )
         return answers.embed_result(done)
 
     async def classify(
@@ -113,10 +118,13 @@ class Engine:
         *,
         deadline_s: float | None = None,
         truncate: bool = False,
+        path: str | None = None,
         caller: str = "local",
     ) -> ClassifyResult:
         """Labels and probabilities [N, C] of texts or pairs."""
-        done = await self._submit("classify", tenant, inputs, deadline_s, truncate, caller)
+        done = await self._submit(
+            "classify", tenant, inputs, Terms(deadline_s=deadline_s, truncate=truncate, path=path, caller=caller)
+        )
         return answers.classify_result(done)
 
     async def token_classify(
@@ -126,10 +134,13 @@ class Engine:
         *,
         deadline_s: float | None = None,
         truncate: bool = False,
+        path: str | None = None,
         caller: str = "local",
     ) -> TokenClassifyResult:
         """Entities of each text, in code points, or of each list of words, in words."""
-        done = await self._submit("token_classify", tenant, inputs, deadline_s, truncate, caller)
+        done = await self._submit(
+            "token_classify", tenant, inputs, Terms(deadline_s=deadline_s, truncate=truncate, path=path, caller=caller)
+        )
         if sum(len(e.token_ids) for e in done.encoded) <= _MANY_TOKENS:
             return answers.token_classify_result(done)
         lane = self._running.lanes.tokenizer
@@ -144,11 +155,17 @@ class Engine:
         top_n: int | None = None,
         deadline_s: float | None = None,
         truncate: bool = False,
+        path: str | None = None,
         caller: str = "local",
     ) -> RerankResult:
         """How relevant each document is to the query, and the order of the best `top_n`."""
         limit = answers.check_top_n(top_n)
-        done = await self._submit("rerank", tenant, as_pairs(query, documents), deadline_s, truncate, caller)
+        done = await self._submit(
+            "rerank",
+            tenant,
+            as_pairs(query, documents),
+            Terms(deadline_s=deadline_s, truncate=truncate, path=path, caller=caller),
+        )
         return answers.rerank_result(done, limit)
 
     async def score(
@@ -158,10 +175,13 @@ class Engine:
         *,
         deadline_s: float | None = None,
         truncate: bool = False,
+        path: str | None = None,
         caller: str = "local",
     ) -> ScoreResult:
         """One score a pair of texts."""
-        done = await self._submit("score", tenant, pairs, deadline_s, truncate, caller)
+        done = await self._submit(
+            "score", tenant, pairs, Terms(deadline_s=deadline_s, truncate=truncate, path=path, caller=caller)
+        )
         return answers.score_result(done)
 
     # ---- tenants ---------------------------------------------------------------------------------------------------
@@ -281,10 +301,7 @@ class Engine:
         await asyncio.to_thread(core.parts.close)
         self._core = None
 
-    async def _submit(
-        self, method: str, tenant: str, inputs: object, deadline_s: float | None, truncate: bool, caller: str
-    ) -> Pending:
-        terms = Terms(deadline_s=deadline_s, truncate=truncate, caller=caller)
+    async def _submit(self, method: str, tenant: str, inputs: object, terms: Terms) -> Pending:
         return await self._running.dispatcher.submit(method, tenant, inputs, terms)
 
     @property

@@ -19,52 +19,21 @@ from torch import Tensor
 from runtime.clock import Clock
 from runtime.errors import ComputeFailed
 from runtime.lane_feed import Arriving, LaneFeed
+from runtime.launch import LEAST_WORK, LEFT, Computed, Launch, Outcome
+from runtime.lower_stores import LowerStores, Routes, without_stores
 from runtime.pressure import is_out_of_memory
-from runtime.sequence_store import SequenceStore
 from runtime.staging import Prepared, Preparer, Ring
 from runtime.streams import Device, Event
 from runtime.threads import ThreadChoice
 from runtime.trace import Trace
 from vbert.arena import ResidentTenant
-from vbert.errors import VbertError
 from vbert.model import Model, SequenceInput
 from vbert.rows import RowSource
 
-__all__ = ["LEAST_WORK", "LEFT", "Computed", "Forwards", "Launch", "Outcome"]
+__all__ = ["Forwards"]
 
-Outcome = Tensor | VbertError
-LEFT = ComputeFailed("nobody waits for this answer any more")  # and so nobody will read this
-LEAST_WORK = 0.25  # a batch of which less was computed says nothing of how fast others are
 _IN_RING = 2  # the batch that computes and the one that is prepared meanwhile
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """One batch as it was asked for. wanted: which sequences still have a caller; None: all have."""
-
-    batch_id: int
-    sequences: Sequence[SequenceInput]
-    wanted: Callable[[], Iterable[bool]] | None = None
-
-    def keep(self) -> list[bool]:
-        return [True] * len(self.sequences) if self.wanted is None else list(self.wanted())
-
-
-@dataclass(frozen=True, slots=True)
-class Computed:
-    """outcomes: of every sequence of the launch. num_tokens: of those computed. reran: one tenant at a time. ahead_s:
-    what the lanes did for it that can be done while the batch before it computes. out_of_memory: it did not fit. work:
-    the share of it that was computed; the rest was stored."""
-
-    outcomes: list[Outcome]
-    num_tokens: int
-    compute_s: float
-    num_threads: int
-    reran: bool
-    ahead_s: float = 0.0
-    out_of_memory: bool = False
-    work: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +53,7 @@ class _Finish:
     remember: Callable[[], None]
     forget: Callable[[], None]
     work: float
+    routes: Routes
 
 
 @dataclass(slots=True, kw_only=True)
@@ -124,22 +94,22 @@ class Forwards:
         results: Executor | None = None,
         overlapped: bool = True,
         source: RowSource | None = None,
-        sequences: SequenceStore | None = None,
+        stores: LowerStores | None = None,
         arriving: Callable[[ResidentTenant], Arriving | None] = _none_arriving,
         trace: Trace | None = None,
     ) -> None:
         """compute, rows, results: one thread each; results is for a device that runs ahead. overlapped: whether
-        anything of a batch happens before the one before it has ended. source: of word rows. sequences: where the lower
-        layers of whole sequences are kept."""
+        anything of a batch happens before the one before it has ended. source: of word rows. stores: of what
+        lower layers give."""
         self._model, self._device, self._clock, self._threads = model, device, clock, threads
         self._compute, self._rows, self._overlapped = compute, rows, overlapped
         self._results = results if device.runs_ahead and overlapped else None
         self._arriving, self._trace = arriving, trace
         self.ring = Ring(device, _IN_RING)
-        self._sequences = sequences
-        self._ahead = Preparer(model, source, self.ring, device, device.stream("rows"), sequences)
+        self._stores = stores or LowerStores()
+        self._ahead = Preparer(model, source, self.ring, device, device.stream("rows"), self._stores)
         self._own_ring = Ring(device, 1)
-        self._inline = Preparer(model, source, self._own_ring, device, device.compute, sequences)
+        self._inline = Preparer(model, source, self._own_ring, device, device.compute, self._stores)
 
     @property
     def staging_bytes(self) -> int:
@@ -165,7 +135,8 @@ class Forwards:
         with _told(answer):
             running = self._issue(launch, early, answer)
             if running is None:
-                answer.set_result(Computed([LEFT] * len(launch.sequences), 0, 0.0, torch.get_num_threads(), False))
+                count = len(launch.sequences)
+                answer.set_result(Computed([LEFT] * count, [""] * count, 0, 0.0, torch.get_num_threads(), False))
             elif self._results is None:
                 self._settle(running)
             else:
@@ -250,14 +221,13 @@ class Forwards:
             return outputs
 
         def remember() -> None:
-            if self._sequences is not None and prepared.found is not None and feed.kept is not None:
-                self._sequences.insert(prepared.found, sequences, feed.kept)
+            self._stores.remember(prepared.routes, sequences, feed.kept, feed.ngrams)
 
         def forget() -> None:
-            if self._sequences is not None and prepared.found is not None:
-                self._sequences.forget(prepared.found)
+            self._stores.forget(prepared.routes)
 
-        return _Finish(answers, remember, forget, prepared.batch.work(self._model.config.num_layers))
+        work = prepared.batch.work(self._model.config.num_layers)
+        return _Finish(answers, remember, forget, work, prepared.routes)
 
     @contextmanager
     def _waiting(self, lane: str) -> Iterator[None]:
@@ -275,10 +245,12 @@ class Forwards:
             outcomes = self._collected(running)
             if outcomes and all(map(_is_finite, outcomes)):
                 compute_s = running.end.since_s(running.begin)
-                work = running.finish.work if running.finish is not None else 1.0
+                assert running.finish is not None  # it gave the outcomes
+                work, routes = running.finish.work, running.finish.routes
+                paths = [routes.path(i) for i in range(len(outcomes))]
                 if not self._device.runs_ahead and work >= LEAST_WORK:
                     self._threads.observe(running.num_threads, running.num_tokens, compute_s / work)
-                self._tell(running, outcomes, compute_s, self._ahead_s(running), work=work)
+                self._tell(running, outcomes, paths, compute_s, self._ahead_s(running), work=work)
                 self._remember_aside(running)
             elif self._results is None:
                 self._rerun(running)
@@ -305,7 +277,7 @@ class Forwards:
 
     def _remember_aside(self, running: _Running) -> None:
         """After the answers are out, and on the rows thread: compute waits for nobody who reads or writes a disk."""
-        if running.finish is None or self._sequences is None:
+        if running.finish is None or not self._stores.keep_something:
             return
         try:
             if self._rows is not None:
@@ -332,16 +304,18 @@ class Forwards:
         self,
         running: _Running,
         outcomes: list[Outcome],
+        paths: list[str],
         compute_s: float,
         ahead_s: float = 0.0,
         *,
         reran: bool = False,
         work: float = 1.0,
     ) -> None:
-        left = iter(outcomes)
+        left, ways = iter(outcomes), iter(paths)
         every = [next(left) if kept else LEFT for kept in running.keep]
+        taken = [next(ways) if kept else "" for kept in running.keep]
         counts = running.num_tokens, compute_s, running.num_threads, reran, ahead_s, running.out_of_memory, work
-        running.answer.set_result(Computed(every, *counts))
+        running.answer.set_result(Computed(every, taken, *counts))
 
     # ---- on the compute thread, after a failure ----------------------------------------------------------------------
 
@@ -352,24 +326,27 @@ class Forwards:
             elif running.finish is not None:
                 running.finish.forget()
             groups = groupby(running.sequences, key=lambda sequence: sequence.tenant)
-            outcomes = [outcome for _, group in groups for outcome in self._alone(list(group), running.launch.batch_id)]
+            rerun = [each for _, group in groups for each in self._alone(list(group), running.launch.batch_id)]
             # what was issued before something raised still runs and reads modules that may go when this is told
             self._device.compute.synchronize()
-            self._tell(running, outcomes, self._clock.now_s() - running.started_s, reran=True)
+            outcomes, paths = [outcome for outcome, _ in rerun], [path for _, path in rerun]
+            self._tell(running, outcomes, paths, self._clock.now_s() - running.started_s, reran=True)
 
-    def _alone(self, sequences: list[SequenceInput], batch_id: int) -> list[Outcome]:
-        """The sequences of one tenant, whose errors concern nobody else."""
+    def _alone(self, sequences: list[SequenceInput], batch_id: int) -> list[tuple[Outcome, str]]:
+        """The sequences of one tenant, whose errors concern nobody else, each with its path."""
         try:
-            outputs = self._launch(self._inline(sequences, plain=True), sequences, batch_id).answers()
+            sequences = [without_stores(sequence) for sequence in sequences]
+            prepared = self._inline(sequences)
+            outputs = self._launch(prepared, sequences, batch_id).answers()
         except Exception as error:
             _log.error("a batch of one tenant failed", exc_info=error)
             if is_out_of_memory(error) and len(sequences) > 1:
                 self._model.free_memory()
                 half = len(sequences) // 2
                 return [*self._alone(sequences[:half], batch_id), *self._alone(sequences[half:], batch_id)]
-            return [ComputeFailed(f"the forward pass of this tenant failed: {error}")] * len(sequences)
+            return [(ComputeFailed(f"the forward pass of this tenant failed: {error}"), "")] * len(sequences)
         broken = ComputeFailed("the tenant gave numbers that are not finite for this input; look at its training")
-        return [output if _is_finite(output) else broken for output in outputs]
+        return [(output if _is_finite(output) else broken, prepared.routes.path(i)) for i, output in enumerate(outputs)]
 
 
 @contextmanager

@@ -25,14 +25,15 @@ class Arriving(Protocol):
 
 @dataclass(slots=True)
 class LaneFeed:
-    """waiting: a context that shows in the trace for how long compute waits for a lane. kept: states that the forward
-    computed and others may want, on their way to host memory."""
+    """waiting: a context that shows in the trace for how long compute waits for a lane. kept, ngrams: states, and rows
+    of n-grams, that the forward computed and others may want, on their way to host memory."""
 
     prepared: Prepared
     arriving: Sequence[Arriving]
     stream: Stream
     waiting: Callable[[str], AbstractContextManager[None]]
     kept: Tensor | None = None
+    ngrams: Tensor | None = None
 
     def word_rows(self) -> Tensor | None:
         with self.waiting("rows"):
@@ -43,13 +44,25 @@ class LaneFeed:
             return self.prepared.given_rows(self.stream)
 
     def keep(self, rows: Tensor) -> None:
-        if rows.is_cuda:
-            host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
-            rows = host.copy_(rows, non_blocking=True)  # there when the answers are, which come after it
-        self.kept = rows
+        self.kept = _to_host(rows)
+
+    def entry_rows(self) -> Tensor | None:
+        with self.waiting("rows"):
+            return self.prepared.entry_rows(self.stream)
+
+    def keep_ngrams(self, rows: Tensor) -> None:
+        self.ngrams = _to_host(rows)
 
     def before_layer(self, i: int) -> None:
         if self.arriving:
             with self.waiting("modules"):
                 for arrival in self.arriving:
                     arrival.wait(i, self.stream)
+
+
+def _to_host(rows: Tensor) -> Tensor:
+    """There when the answers are, which come after it on the same stream."""
+    if not rows.is_cuda:
+        return rows
+    host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+    return host.copy_(rows, non_blocking=True)

@@ -10,7 +10,7 @@ from itertools import repeat
 
 from runtime.clock import Clock
 from runtime.dispatcher import Dispatcher
-from runtime.forwards import LEFT
+from runtime.launch import LEFT, Computed
 from runtime.manager import Manager
 from runtime.metrics import Metrics
 from runtime.pending import Pending
@@ -32,7 +32,7 @@ _Tests = dict[str, tuple[ResidentTenant | None, tuple[SelfTest, ...]]]
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ServingLoop:
     """`event` is set whenever a request came or left, a batch ended, or a module came, went or failed. scope: who may
-    share the lower layers of a request's texts, for `SequenceInput.scope`."""
+    share the lower layers of a request's texts, domain: whose n-grams are asked, both for `SequenceInput`."""
 
     policy: BatchPolicy
     dispatcher: Dispatcher
@@ -43,6 +43,7 @@ class ServingLoop:
     clock: Clock
     metrics: Metrics
     scope: Callable[[Pending], bytes | None] = lambda _: None
+    domain: Callable[[Pending], str] = lambda _: ""
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -99,17 +100,18 @@ class ServingLoop:
             digest = pending.served.key.digest
             tenant = self.manager.pin(digest)
             inputs = pending.encoded[piece.first : piece.last]
-            scope = self.scope(pending)
-            sequences += [SequenceInput(e.token_ids, e.type_ids, tenant, scope) for e in inputs]
+            scope, domain = self.scope(pending), self.domain(pending)
+            paths = pending.may_take
+            sequences += [SequenceInput(e.token_ids, e.type_ids, tenant, scope, paths, domain) for e in inputs]
             if untested := self.manager.tests(digest):
                 tests[digest] = (tenant, untested)
         for tenant, untested in tests.values():
             sequences += as_sequences(untested, tenant)
         self.pipeline.launch(sequences, partial(self._finished, pieces, tests), partial(_wanted, pieces, tests))
 
-    def _finished(self, pieces: _Pieces, tests: _Tests, outcomes: Sequence[Outcome], compute_s: float) -> None:
+    def _finished(self, pieces: _Pieces, tests: _Tests, batch: Computed) -> None:
         """A batch ended: every piece gets its outputs, or the error of its tenant."""
-        now_s, begin = self.clock.now_s(), 0
+        now_s, begin, outcomes = self.clock.now_s(), 0, batch.outcomes
         refused = self._judge(tests, outcomes[sum(piece.last - piece.first for _, piece in pieces) :])
         for pending, piece in pieces:
             end = begin + piece.last - piece.first
@@ -118,8 +120,10 @@ class ServingLoop:
             computed = sum(outcome is not LEFT for outcome in outcomes[begin:end])
             for kind in pending.served.kinds:
                 self.metrics.computed_inputs[kind] += computed
-            own = [refused[digest]] if digest in refused else outcomes[begin:end]
-            self._deliver(pending, piece.first, own, compute_s, now_s)
+            if digest in refused:
+                self.dispatcher.fail(pending, refused[digest])
+            else:
+                self._deliver(pending, piece.first, batch, slice(begin, end), now_s)
             begin = end
         self.event.set()
 
@@ -135,15 +139,13 @@ class ServingLoop:
                 self.manager.refuse(digest, error)
         return refused
 
-    def _deliver(
-        self, pending: Pending, first: int, outcomes: Sequence[Outcome], compute_s: float, now_s: float
-    ) -> None:
-        errors = [outcome for outcome in outcomes if isinstance(outcome, VbertError)]
+    def _deliver(self, pending: Pending, first: int, batch: Computed, own: slice, now_s: float) -> None:
+        errors = [outcome for outcome in batch.outcomes[own] if isinstance(outcome, VbertError)]
         if errors:
             self.dispatcher.fail(pending, errors[0])
         else:
-            outputs = [outcome for outcome in outcomes if not isinstance(outcome, VbertError)]
-            pending.deliver(first, outputs, compute_s=compute_s, now_s=now_s)
+            outputs = [outcome for outcome in batch.outcomes[own] if not isinstance(outcome, VbertError)]
+            pending.deliver(first, outputs, batch.paths[own], compute_s=batch.compute_s, now_s=now_s)
 
 
 def _wanted(pieces: _Pieces, tests: _Tests) -> Iterator[bool]:

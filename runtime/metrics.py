@@ -93,6 +93,8 @@ class MetricsSnapshot:
     resident_bytes: Mapping[str, int]  # gauge, like all below
     memory_bytes: Mapping[str, int]  # by what holds them, such as backbone or modules
     sequences: Mapping[str, int]  # counts of the sequence store, by what happened; empty without one
+    ngrams: Mapping[str, int]  # the same of the n-gram store
+    paths: Mapping[str, int]  # inputs by the way they came through the lower layers
     resident_modules: int
     module_budget_bytes: int
     loading_modules: int
@@ -109,6 +111,7 @@ class Metrics:
 
     requests: Counter[tuple[str, str]] = field(default_factory=Counter)
     inputs: Counter[str] = field(default_factory=Counter)
+    paths: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
     seconds: dict[tuple[str, str], Histogram] = field(default_factory=dict)
     batches: int = 0
@@ -138,6 +141,7 @@ class Metrics:
         resident_bytes: Mapping[str, int],
         memory_bytes: Mapping[str, int],
         sequences: Mapping[str, int],
+        ngrams: Mapping[str, int],
         resident_modules: int,
         module_budget_bytes: int,
         loading_modules: int,
@@ -164,6 +168,8 @@ class Metrics:
             resident_bytes=dict(resident_bytes),
             memory_bytes=dict(memory_bytes),
             sequences=dict(sequences),
+            ngrams=dict(ngrams),
+            paths=dict(self.paths),
             resident_modules=resident_modules,
             module_budget_bytes=module_budget_bytes,
             loading_modules=loading_modules,

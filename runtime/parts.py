@@ -12,9 +12,10 @@ import torch
 from runtime.clock import Clock
 from runtime.config import EngineConfig
 from runtime.cost import CostModel
+from runtime.lower_stores import LowerStores
+from runtime.open_stores import open_stores
 from runtime.own_profile import own_profile
 from runtime.request import Served, TenantKey
-from runtime.sequence_store import SequenceStore
 from runtime.store import TenantStore
 from runtime.streams import Device, open_device
 from runtime.trace import Trace
@@ -26,6 +27,7 @@ from vbert.memory import Slabs
 from vbert.model import Model, resolve_device, resolve_dtype
 from vbert.rows import MappedRows, publish_rows
 from vbert.selftest import make_self_tests
+from vbert.skip import Skip, own_paths, usable_paths
 from vbert.tenant import SelfTest
 from vbert.tokenizer import Tokenizer
 
@@ -47,7 +49,7 @@ class Parts:
     trace: Trace | None
     arena: Arena
     host_arena: Arena | None
-    sequences: SequenceStore | None
+    stores: LowerStores
     store: TenantStore
     canary: SelfTest
     cost: CostModel | None
@@ -72,6 +74,7 @@ class Parts:
                 kinds=("backbone",),
                 max_length=longest,
                 own_limit=False,
+                paths=own_paths(self.backbone.skip),
             )
         version = self.store.resolve(tenant)
         return Served(
@@ -82,6 +85,7 @@ class Parts:
             kinds=version.kinds or ("head_only",),
             max_length=version.max_length or longest,
             own_limit=version.max_length is not None,
+            paths=usable_paths(version.paths, version.skip_fingerprint, self.backbone.skip),
         )
 
 
@@ -104,8 +108,8 @@ def load_parts(config: EngineConfig, clock: Clock) -> Parts:
         model.free_memory()  # buffers of this thread's stream, which forwards do not run on
         device = open_device(model.device, clock)
         undo.callback(device.close)
-        arena, host_arena = _arenas(config, model, device)
-        sequences = _sequence_store(config, model)
+        arena, host_arena = _arenas(config, model, device, backbone.skip)
+        stores = open_stores(config, backbone, model, cost)
         parts = Parts(
             name=name,
             backbone=backbone,
@@ -116,7 +120,7 @@ def load_parts(config: EngineConfig, clock: Clock) -> Parts:
             trace=Trace(config.trace, device) if config.trace else None,
             arena=arena,
             host_arena=host_arena,
-            sequences=sequences,
+            stores=stores,
             store=store,
             canary=make_self_tests(backbone, None, tokenizer, texts=("ok",))[0],
             cost=cost,
@@ -125,9 +129,9 @@ def load_parts(config: EngineConfig, clock: Clock) -> Parts:
     return parts
 
 
-def _arenas(config: EngineConfig, model: Model, device: Device) -> tuple[Arena, Arena | None]:
+def _arenas(config: EngineConfig, model: Model, device: Device, skip: Skip | None) -> tuple[Arena, Arena | None]:
     """Where forwards read modules, and pinned host memory behind it if there is a device. Raises ConfigError."""
-    make = partial(Arena, model.config, model.fingerprint, model.dtype)
+    make = partial(Arena, model.config, model.fingerprint, model.dtype, skip=skip)
     budget, host_budget = config.module_budget_bytes, host_budget_bytes(config, model.device)
     if not host_budget:
         return make(budget), None
@@ -139,32 +143,6 @@ def _arenas(config: EngineConfig, model: Model, device: Device) -> tuple[Arena, 
             f"to be had ({error}); lower them"
         ) from error
     return make(budget, memory=memory), make(host_budget, memory=host_memory)
-
-
-def _sequence_store(config: EngineConfig, model: Model) -> SequenceStore | None:
-    """Raises ConfigError."""
-    layer = config.sequence_layer or max(1, model.config.num_layers // 2)
-    if not config.sequence_store_bytes:
-        if config.sequence_disk_bytes:
-            raise ConfigError("sequence_disk_bytes is the second tier of a sequence store; give sequence_store_bytes")
-        return None
-    if not 1 <= layer <= model.config.num_layers:
-        raise ConfigError(f"sequence_layer is {layer}; the backbone has {model.config.num_layers} layers")
-    try:
-        return SequenceStore(
-            layer=layer,
-            width=model.config.hidden_size,
-            dtype=model.dtype,
-            fingerprint=model.fingerprint,
-            num_bytes=config.sequence_store_bytes,
-            disk_bytes=config.sequence_disk_bytes,
-            disk=Path(config.store),
-        )
-    except (OSError, RuntimeError, MemoryError) as error:
-        raise ConfigError(
-            f"sequence_store_bytes {config.sequence_store_bytes} of memory and sequence_disk_bytes "
-            f"{config.sequence_disk_bytes} in {config.store} are not to be had ({error}); lower them"
-        ) from error
 
 
 def host_budget_bytes(config: EngineConfig, device: torch.device) -> int:

@@ -17,8 +17,9 @@ __all__ = ["Pending"]
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Pending:
-    """outputs: per input the raw output of the head, None until computed. cold_since_s: when the request began to
-    wait for its module, None while the module is in memory. `future` holds nothing but the fact, or the error."""
+    """outputs: per input the raw output of the head, None until computed; paths: the way it took, one of those it
+    may_take. cold_since_s: when the request began to wait for its module, None while the module is in memory. `future`
+    holds nothing but the fact, or the error."""
 
     request_id: int
     method: str
@@ -30,15 +31,17 @@ class Pending:
     enqueued_s: float
     deadline_s: float | None
     future: asyncio.Future[None]
+    may_take: tuple[str, ...] = ("plain",)
     cold_since_s: float | None = None
     load_s: float = 0.0
     compute_s: float = 0.0
     outputs: list[Tensor | None] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
     missing: int = 0
     timings: Timings = field(init=False)  # once all inputs are computed
 
     def __post_init__(self) -> None:
-        self.outputs = [None] * len(self.encoded)
+        self.outputs, self.paths = [None] * len(self.encoded), [""] * len(self.encoded)
         self.missing = len(self.encoded)
 
     def as_waiting(self) -> Waiting:
@@ -60,9 +63,12 @@ class Pending:
             self.load_s += now_s - self.cold_since_s
             self.cold_since_s = None
 
-    def deliver(self, first: int, outputs: Sequence[Tensor], *, compute_s: float, now_s: float) -> None:
+    def deliver(
+        self, first: int, outputs: Sequence[Tensor], paths: Sequence[str], *, compute_s: float, now_s: float
+    ) -> None:
         """Outputs of some inputs arrived; the last ones resolve the future."""
         self.outputs[first : first + len(outputs)] = outputs
+        self.paths[first : first + len(outputs)] = paths
         self.missing -= len(outputs)
         self.compute_s += compute_s
         if not self.missing and not self.future.done():

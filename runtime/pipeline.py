@@ -17,7 +17,8 @@ from torch import Tensor
 
 from runtime.clock import Clock
 from runtime.errors import ComputeFailed
-from runtime.forwards import LEAST_WORK, Computed, Forwards, Launch, Outcome
+from runtime.forwards import Forwards
+from runtime.launch import LEAST_WORK, Computed, Launch, Outcome
 from runtime.metrics import Metrics
 from runtime.pressure import MemoryPressure
 from runtime.throughput import Throughput
@@ -70,10 +71,10 @@ class Pipeline:
     def launch(
         self,
         sequences: Sequence[SequenceInput],
-        done: Callable[[Sequence[Outcome], float], None],
+        done: Callable[[Computed], None],
         wanted: Callable[[], Iterable[bool]] | None = None,
     ) -> None:
-        """Compute a batch after those launched before it; then `done(outcomes, compute_s)`, outcomes in the order of
+        """Compute a batch after those launched before it; then `done(computed)`, its outcomes in the order of
         `sequences`, each the raw output of its head or the error of its tenant.
 
         `wanted` is asked on the lanes' threads when the batch begins: which sequences still have a caller.
@@ -107,8 +108,8 @@ class Pipeline:
         if together:
             self.launch([s for sequences, _ in together for s in sequences], partial(self._replayed, together))
 
-    def _replayed(self, together: Sequence[_Replay], outcomes: Sequence[Outcome], _: float) -> None:
-        left = iter(outcomes)
+    def _replayed(self, together: Sequence[_Replay], computed: Computed) -> None:
+        left = iter(computed.outcomes)
         for sequences, answer in together:
             own = list(islice(left, len(sequences)))
             error = next((outcome for outcome in own if isinstance(outcome, VbertError)), None)
@@ -125,14 +126,13 @@ class Pipeline:
         start_s = max(self._clock.now_s(), self.busy_until_s or 0.0)
         self._busy_until_s = None if seconds is None else start_s + seconds
 
-    def _finished(
-        self, done: Callable[[Sequence[Outcome], float], None], num_sequences: int, future: Future[Computed]
-    ) -> None:
+    def _finished(self, done: Callable[[Computed], None], num_sequences: int, future: Future[Computed]) -> None:
         self.in_flight -= 1
         self._moved_s = self._clock.now_s()
         if (error := future.exception()) is not None:
             _log.critical("a batch was lost", exc_info=error)
-            done([ComputeFailed(f"the batch was lost ({error!r}); report the log")] * num_sequences, 0.0)
+            lost: list[Outcome] = [ComputeFailed(f"the batch was lost ({error!r}); report the log")] * num_sequences
+            done(Computed(lost, [""] * num_sequences, 0, 0.0, 0, False))
             return
         computed = future.result()
         if computed.num_tokens:
@@ -146,4 +146,4 @@ class Pipeline:
         self._metrics.reruns += computed.reran
         self._metrics.out_of_memory += computed.out_of_memory
         self.pressure.observe(computed.num_tokens, computed.out_of_memory)
-        done(computed.outcomes, computed.compute_s)
+        done(computed)

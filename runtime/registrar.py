@@ -10,7 +10,8 @@ from functools import partial
 from itertools import repeat
 
 from runtime.errors import Draining, StoreFull, VersionConflict
-from runtime.store import TenantStore, TenantVersion, Upload
+from runtime.store import TenantStore
+from runtime.versions import TenantVersion, Upload
 from vbert.errors import VbertError
 
 __all__ = ["Registrar"]

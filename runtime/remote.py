@@ -13,7 +13,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlencode, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from runtime.store import ModuleFacts, TenantVersion, Upload
+from runtime.versions import ModuleFacts, TenantVersion, Upload
 from vbert.errors import ConfigError, VbertError
 
 __all__ = ["RemoteStore"]

@@ -51,7 +51,7 @@ class Served:
     """What one tenant version serves, fixed at admission like its key.
 
     task: kind of its head. kinds: delta kinds of its module. max_length: tokens of one input, of the tenant if it has a
-    limit of its own (`own_limit`), else of the backbone.
+    limit of its own (`own_limit`), else of the backbone. paths: ways through the lower layers that it was trained for.
     """
 
     key: TenantKey
@@ -61,6 +61,7 @@ class Served:
     kinds: tuple[str, ...]
     max_length: int
     own_limit: bool
+    paths: tuple[str, ...] = ("plain",)
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -84,13 +85,15 @@ class Timings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What every answer carries. `tokens`: per input, special tokens included. `truncated`: per input."""
+    """What every answer carries. `tokens`: per input, special tokens included. `truncated`: per input. `paths`: per
+    input, how it came through the lower layers: plain, stored (its text was seen before), exact, compute or backoff."""
 
     tenant: str
     version: int
     timings: Timings
     tokens: tuple[int, ...]
     truncated: tuple[bool, ...]
+    paths: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,6 +27,7 @@ from vbert.tokenizer import Tokenizer
 
 __all__ = ["SelfTester", "as_sequences"]
 
+_TESTED_BY = {"plain": "plain", "exact": "compute", "backoff": "shortened"}  # a test does not depend on what is stored
 _log = logging.getLogger(__name__)
 
 
@@ -75,4 +76,7 @@ class SelfTester:
 
 
 def as_sequences(tests: Sequence[SelfTest], tenant: ResidentTenant | None) -> list[SequenceInput]:
-    return [SequenceInput(test.token_ids.tolist(), test.type_ids.tolist(), tenant) for test in tests]
+    return [
+        SequenceInput(test.token_ids.tolist(), test.type_ids.tolist(), tenant, paths=(_TESTED_BY[test.path],))
+        for test in tests
+    ]

@@ -7,32 +7,22 @@ must not be told about has entries of its own, or none.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
 
-from vbert.errors import ConfigError
+from runtime.tenant_rules import TenantRules
 
 __all__ = ["SequenceSharing"]
 
-_MODES = ("shared", "own", "off")
-
 
 class SequenceSharing:
-    """Rules `pattern=mode` with shell patterns of tenant names; the first that fits holds, without any it is shared."""
+    """Without a rule that fits, a tenant shares."""
 
     def __init__(self, rules: Sequence[str]) -> None:
         """Raises ConfigError."""
-        self._rules: list[tuple[str, str]] = []
-        for rule in rules:
-            pattern, _, mode = rule.partition("=")
-            if not pattern or mode not in _MODES:
-                raise ConfigError(
-                    f"sequence_sharing has the rule {rule!r}; write PATTERN=MODE, the mode being shared, own or off"
-                )
-            self._rules.append((pattern, mode))
+        self._rules = TenantRules("sequence_sharing", rules, ("shared", "own", "off"))
 
     def scope(self, tenant: str, salt: Callable[[str], bytes]) -> bytes | None:
         """For `SequenceInput.scope`. salt: the scope of a tenant that shares with nobody."""
-        mode = next((mode for pattern, mode in self._rules if fnmatchcase(tenant, pattern)), "shared")
+        mode = self._rules.value(tenant, "shared")
         if mode == "off":
             return None
         return salt(tenant) if mode == "own" else b""

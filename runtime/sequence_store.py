@@ -135,14 +135,17 @@ class SequenceStore:
         return hashlib.blake2b(tenant.encode(), digest_size=16, key=self._key).digest()
 
     def takes(self, sequences: Sequence[SequenceInput]) -> list[bool]:
-        """Of which sequences the lower layers are those of the bare backbone, and may be kept."""
+        """Of which sequences the plain lower layers are those of the bare backbone, and may be kept."""
         tenants = {id(s.tenant): s.tenant for s in sequences if s.scope is not None}
         lowest = {i: None if tenant is None else tenant.header.lowest_layer for i, tenant in tenants.items()}
         fits = {i for i, layer in lowest.items() if layer is None or layer >= self.layer}
-        return [s.scope is not None and id(s.tenant) in fits for s in sequences]
+        return [s.scope is not None and id(s.tenant) in fits and "plain" in s.paths for s in sequences]
 
-    def find(self, sequences: Sequence[SequenceInput], *, pin: bool = False) -> Found | None:
-        """What is known of the sequences of a batch; None: no sequence takes part. pin: rows for a copy to a GPU."""
+    def find(
+        self, sequences: Sequence[SequenceInput], *, skips: Sequence[bool] | None = None, pin: bool = False
+    ) -> Found | None:
+        """What is known of the sequences of a batch; None: no sequence takes part. skips: [B], which will go another
+        way than through the plain lower layers unless they are stored. pin: rows for a copy to a GPU."""
         taking_part = self.takes(sequences)
         if not any(taking_part):
             return None
@@ -159,6 +162,11 @@ class SequenceStore:
                 if key is None:
                     continue
                 self._sketch.add(key)
+                if skips is not None and skips[i]:
+                    if (entry := self._entry(key, ids[i])) is not None:
+                        given.append(i)
+                        entries.append(entry)
+                    continue
                 first[i] = seen.setdefault((ids[i], sequences[i].scope), i)
                 if first[i] != i:
                     self.counts.shared += 1

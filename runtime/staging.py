@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 import torch
 from torch import Tensor
 
-from runtime.sequence_store import Found, SequenceStore
+from runtime.lower_stores import LowerStores, Routes
 from runtime.streams import Device, Event, Stream
 from vbert.batch import PackedRows
 from vbert.model import Model, PackedBatch, SequenceInput
@@ -97,7 +97,8 @@ class Ring:
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A packed batch whose rows are on their way. begin, end: of its preparation, on the stream that did it. given:
-    states from the sequence store, on the device. found: what the store said of the sequences."""
+    states of stored sequences, stored_rows: what stored n-grams say; both on the device. routes: what the stores said.
+    """
 
     batch: PackedBatch
     begin: Event
@@ -105,7 +106,8 @@ class Prepared:
     ring: Ring
     staging: Staging | None
     given: Tensor | None = None
-    found: Found | None = None
+    stored_rows: Tensor | None = None
+    routes: Routes = field(default_factory=Routes)
 
     def word_rows(self, stream: Stream) -> Tensor | None:
         return None if self.staging is None else self.staging.rows(stream)
@@ -113,9 +115,16 @@ class Prepared:
     def given_rows(self, stream: Stream) -> Tensor:
         """[n, H] states of stored sequences; what is issued to `stream` from now on begins after they have arrived."""
         assert self.given is not None
+        return self._arrived(self.given, stream)
+
+    def entry_rows(self, stream: Stream) -> Tensor | None:
+        """[T, H] float32, as `given_rows`."""
+        return None if self.stored_rows is None else self._arrived(self.stored_rows, stream)
+
+    def _arrived(self, rows: Tensor, stream: Stream) -> Tensor:
         stream.wait(self.end)
-        stream.uses(self.given)
-        return self.given
+        stream.uses(rows)
+        return rows
 
     @contextmanager
     def read_by(self, stream: Stream) -> Iterator[None]:
@@ -142,36 +151,28 @@ class Preparer:
         ring: Ring,
         device: Device,
         stream: Stream,
-        store: SequenceStore | None = None,
+        stores: LowerStores,
     ) -> None:
         self._model, self._source, self._ring = model, source, ring
-        self._device, self._stream, self._store = device, stream, store
+        self._device, self._stream, self._stores = device, stream, stores
 
-    def __call__(self, sequences: Sequence[SequenceInput], *, plain: bool = False) -> Prepared:
-        """plain: nothing from the sequence store. Raises what packing or the source raises, with no buffer taken."""
+    def __call__(self, sequences: Sequence[SequenceInput]) -> Prepared:
+        """Raises what packing or the source raises, with no buffer taken."""
         begin = self._stream.record()
-        found = None if plain or self._store is None else self._store.find(sequences, pin=self._device.runs_ahead)
-        batch = self._packed(sequences, found)
-        given = None if found is None else self._sent(found.rows)
+        routes = self._stores.routes(sequences, pin=self._device.runs_ahead)
+        if routes.changes_nothing:
+            batch = self._model.pack(sequences)
+        else:
+            batch = self._model.pack_joined(sequences, self._stores.ways(routes, len(sequences)))
+        given = None if routes.found is None else self._sent(routes.found.rows)
+        stored = None if routes.skipped is None else self._sent(routes.skipped.entry.rows)
         entering = batch.entering
         staging = self._filled(entering.rows) if self._source is not None and entering is not None else None
-        return Prepared(batch, begin, self._stream.record(), self._ring, staging, given, found)
+        return Prepared(batch, begin, self._stream.record(), self._ring, staging, given, stored, routes)
 
-    def _packed(self, sequences: Sequence[SequenceInput], found: Found | None) -> PackedBatch:
-        if found is None or self._store is None or found.changes_nothing:
-            return self._model.pack(sequences)
-        return self._model.pack_joined(
-            sequences,
-            self._store.layer,
-            first=found.first,
-            given=found.given,
-            shares=[key is not None for key in found.keys],
-            wanted=found.wanted,
-        )
-
-    def _sent(self, rows: Tensor) -> Tensor:
-        """Rows in pinned memory, which `Found` keeps alive, to a device that is not the host."""
-        if not self._device.runs_ahead:
+    def _sent(self, rows: Tensor | None) -> Tensor | None:
+        """Rows in pinned memory, which the routes keep alive, to a device that is not the host."""
+        if rows is None or not self._device.runs_ahead:
             return rows
         with self._stream.current():
             there = torch.empty(rows.shape, dtype=rows.dtype, device=self._model.device)

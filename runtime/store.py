@@ -19,21 +19,19 @@ import os
 import re
 import sqlite3
 from collections.abc import Callable, Sequence, Set
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from runtime.blobs import BlobFolder, digest_of, make_private_folder
 from runtime.catalogue import Catalogue
 from runtime.errors import InvalidTenantId, StoreFull, VersionConflict
 from runtime.in_use import InUse
+from runtime.versions import ModuleFacts, TenantVersion, Upload
 from vbert.errors import BadRequest, ConfigError, CorruptFile, UnknownTenant
 
-if TYPE_CHECKING:  # importing it loads torch, which a listing does not need
-    from vbert.header import TenantHeader
-
-__all__ = ["ModuleFacts", "TenantStore", "TenantVersion", "Upload", "check_tenant_id"]
+__all__ = ["TenantStore", "check_tenant_id"]
 
 _TENANT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MAX_HISTORY = 100
@@ -42,58 +40,6 @@ _SELECT = """
 SELECT tenant, version, digest, num_bytes, created_s, active IS version, facts
 FROM tenants JOIN versions USING (tenant) JOIN blobs USING (digest)
 """
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModuleFacts:
-    """What the catalogue repeats of a native file's header, so that listing and resolving open no file.
-
-    task: kind of the head. kinds: delta kinds (low_rank, bottleneck, affine, norm, sparse). source: JSON values.
-    """
-
-    fingerprint: str
-    task: str
-    problem: str = "single_label"
-    labels: tuple[str, ...] = ()
-    max_length: int | None = None
-    kinds: tuple[str, ...] = ()
-    source: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, header: TenantHeader) -> ModuleFacts:
-        return cls(
-            fingerprint=header.fingerprint,
-            task=header.task,
-            problem=header.head.problem,
-            labels=header.head.labels,
-            max_length=header.max_length,
-            kinds=header.kinds,
-            source=dict(header.source),
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TenantVersion(ModuleFacts):
-    """One version of one tenant. `version`: 1, 2, ...; `created_s`: Unix time; `digest`: SHA-256 of the native file."""
-
-    tenant: str
-    version: int
-    digest: str
-    num_bytes: int
-    created_s: float
-    active: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Upload:
-    """One version to be stored. `if_match`: the version that must be active now, 0 for none. `digest`: "": unknown."""
-
-    tenant: str
-    data: bytes
-    facts: ModuleFacts
-    activate: bool = True
-    if_match: int | None = None
-    digest: str = ""
 
 
 def check_tenant_id(tenant: str) -> str:

@@ -16,7 +16,8 @@ from runtime.config import EngineConfig
 from runtime.errors import Draining, InvalidTenantId, ModuleTooLarge, RequestTooLarge
 from runtime.lanes import Lanes
 from runtime.registrar import Registrar
-from runtime.store import ModuleFacts, TenantStore, TenantVersion, Upload, check_tenant_id
+from runtime.store import TenantStore, check_tenant_id
+from runtime.versions import ModuleFacts, TenantVersion, Upload
 from vbert.arena import Arena
 from vbert.formats.convert import check_native, to_native
 from vbert.formats.transformers_folder import Backbone

@@ -50,6 +50,7 @@ VBERT_RANKS = (
     {"kernels", "header"},
     {"checkpoint", "slot_file"},
     {"arena", "attention", "rows", "heads", "tokenizer", "formats", "reference", "selftest", "ngram"},
+    {"entry"},
     {"peft"},
     {"deltas"},
     {"encoder", "packing"},

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from training.skip_student import Layer, SkipStudent
+from training.skip_student import Embeddings, FullLower, NgramLower, SkipStudent
 from vbert.config import EncoderConfig
 from vbert.errors import ConfigError
 from vbert.formats.names import weight_keys
@@ -56,72 +56,64 @@ def write_folder(
         (folder / "config.json").write_text(json.dumps(_config_json(config, kind, name), indent=1))
     if kind == "full":
         return own
+    assert isinstance(student.lower, NgramLower)
     skip = SkipConfig(
         first_layer=student.shape.skipped if plain_way else 0,
         local_layers=student.shape.lower,
-        window=student.slots,
+        window=student.lower.slots,
         sinks=student.shape.sinks if student.shape.lower else 0,
-        max_length=len(student.merge_position),
-        type_vocab_size=len(student.merge_type),
+        max_length=len(student.lower.position),
+        type_vocab_size=len(student.lower.types),
     )
-    return write_skip(folder, skip, skip_weights(student), own, base)
+    return write_skip(folder, skip, skip_weights(student.lower), own, base)
 
 
-def skip_weights(student: SkipStudent) -> dict[str, Tensor]:
-    """Its tensors under the names of vbert/formats/skip_folder.py."""
-    width = student.config.hidden_size
-    centre = slice(0, SLOTS) if student.slots == SLOTS else slice(1, 2)
+def skip_weights(lower: NgramLower) -> dict[str, Tensor]:
+    """Its tensors under the names of vbert/skip.py."""
+    places = slice(0, SLOTS) if lower.slots == SLOTS else slice(1, 2)
 
     def slots(values: Tensor) -> Tensor:
         out = torch.zeros(SLOTS, *values.shape[1:])
-        out[centre] = values.detach().cpu()
+        out[places] = values.detach().cpu()
         return out
 
-    weights = {
-        "position_embeddings": slots(student.position_embeddings),
-        "emb_norm.weight": student.emb_norm.weight,
-        "emb_norm.bias": student.emb_norm.bias,
-        "gate.weight": slots(student.gate_weight),
-        "gate.bias": slots(student.gate_bias),
-        "merge.position_embeddings": student.merge_position,
-        "merge.type_embeddings": student.merge_type,
-        "merge.norm.weight": student.merge_norm.weight,
-        "merge.norm.bias": student.merge_norm.bias,
+    weights: dict[str, Tensor] = {
+        "position_embeddings": slots(lower.position_embeddings),
+        "emb_norm.weight": lower.emb_norm.weight,
+        "emb_norm.bias": lower.emb_norm.bias,
+        "gate.weight": slots(lower.gate_weight),
+        "gate.bias": slots(lower.gate_bias),
+        "merge.position_embeddings": lower.position,
+        "merge.type_embeddings": lower.types,
+        "merge.norm.weight": lower.norm.weight,
+        "merge.norm.bias": lower.norm.bias,
     }
-    for i, layer in enumerate(student.local):
-        assert isinstance(layer, Layer)
+    for i, layer in enumerate(lower.layers):
         weights |= {f"layers.{i}.{name}": tensor for name, tensor in layer.state_dict().items()}
-    assert weights["merge.position_embeddings"].shape[1] == width
     return {name: tensor.detach().cpu().float() for name, tensor in weights.items()}
 
 
 def _encoder(student: SkipStudent, source: Backbone) -> tuple[EncoderConfig, dict[str, Tensor]]:
     """A BERT of the layers that see the whole text. Where n-grams come first, its position and type embeddings and
     their LayerNorm are those of the merge; nothing reads them there."""
-    layers = [*(student.local if student.shape.kind == "full" else ()), *student.upper]
-    if student.shape.kind == "full":
-        first = student.embeddings
-        position, types, norm = first.position, first.kinds, first.norm
-        if source.config.position_offset:
-            position = position[source.config.position_offset :]
-    else:
-        position, types, norm = student.merge_position, student.merge_type, student.merge_norm
-    weights = {
-        "word_embeddings": student.word,
-        "position_embeddings": position,
-        "type_embeddings": types,
-        "emb_norm.weight": norm.weight,
-        "emb_norm.bias": norm.bias,
+    first = student.lower.embeddings if isinstance(student.lower, FullLower) else student.lower
+    layers = [*(student.lower.layers if isinstance(student.lower, FullLower) else ()), *student.upper]
+    offset = source.config.position_offset if isinstance(first, Embeddings) else 0
+    weights: dict[str, Tensor] = {
+        "word_embeddings": first.word,
+        "position_embeddings": first.position[offset:],
+        "type_embeddings": first.types,
+        "emb_norm.weight": first.norm.weight,
+        "emb_norm.bias": first.norm.bias,
     }
     for i, layer in enumerate(layers):
-        assert isinstance(layer, Layer)
         weights |= {f"layers.{i}.{name}": tensor for name, tensor in layer.state_dict().items()}
     config = replace(
         source.config,
         model_type="bert",
         num_layers=len(layers),
-        max_length=len(position),
-        type_vocab_size=len(types),
+        max_length=len(first.position) - offset,
+        type_vocab_size=len(first.types),
         position_offset=0,
         has_pooler=False,
     )

@@ -1,12 +1,13 @@
-"""`SkipStudent`: an encoder whose lower layers see one n-gram at a time, as an autograd module over padded batches.
+"""`SkipStudent`: an encoder with another lower end, as an autograd module over padded batches.
 
-What it computes is in vbert/local_layers.py in words and formulas; this is the implementation that is trained, and it
-shares no code with the one that serves. Other students, to compare with, differ in what lies below the merge:
+What is distilled for serving is the lower end of n-grams (vbert/local_layers.py says in formulas what it computes);
+this is the implementation that is trained, and it shares no code with the one that serves. The others are there to be
+compared with it:
 
-- *trigram*: local layers on (left, centre, right); each token adds up what three tri-grams say of it;
-- *unigram*: the same with a window of one token, a plain table in the end;
-- *window*: one local layer for the centre token only, whose keys and values are functions of single tokens;
-- *full*: ordinary layers over the whole sequence: a plain, shallower encoder.
+- *trigram*: local layers on (left, centre, right); a token is what three tri-grams say of it, added up;
+- *unigram*: the same with a window of one token: a plain table in the end;
+- *window*: one local layer for the centre of a window only, whose keys and values are functions of single tokens;
+- *full*: ordinary layers over the whole text: a plain, shallower encoder.
 """
 
 from __future__ import annotations
@@ -20,21 +21,33 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vbert.activations import activate
-from vbert.config import LINEAR_SITES, NORM_SITES, EncoderConfig
+from vbert.config import LINEAR_SITES, EncoderConfig
 from vbert.errors import ConfigError
 from vbert.formats.transformers_folder import Backbone
 
-__all__ = ["KINDS", "Batch", "Layer", "SkipShape", "SkipStudent", "Teacher", "random_kept"]
+__all__ = [
+    "KINDS",
+    "Batch",
+    "Embeddings",
+    "FullLower",
+    "NgramLower",
+    "SkipShape",
+    "SkipStudent",
+    "Teacher",
+    "random_kept",
+]
 
 KINDS = ("trigram", "unigram", "window", "full")
 _GATES = (0.12, 0.73, 0.12)  # how much of a token each view says at the start
+_ONE_GATE = 0.97
 _TYPICAL_LENGTH = 32  # positions over which the teacher's position embeddings are averaged
+_CODE = (1 << 21) - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SkipShape:
-    """skipped: layers of the teacher that are replaced. lower: layers in their place. upper: teacher layers that stay
-    above, counted from 0. window: tokens of the kind *window*."""
+    """skipped: lower layers of the teacher that are replaced. lower: layers in their place. upper: layers of the
+    teacher that stay above, counted from 0. window: tokens of the kind *window*."""
 
     kind: str
     skipped: int
@@ -46,8 +59,12 @@ class SkipShape:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(f"kind is {self.kind!r}; one of {', '.join(KINDS)} is known")
-        if not self.upper or list(self.upper) != sorted(set(self.upper)) or self.skipped < 1:
-            raise ConfigError(f"skipped {self.skipped}, upper layers {self.upper}: give ascending layers, skip one at least")
+        if not self.upper or list(self.upper) != sorted(set(self.upper)):
+            raise ConfigError(f"the upper layers are {self.upper}; give at least one, ascending")
+        if self.lower < 0 or self.skipped < 1:
+            raise ConfigError(f"{self.lower} layers in place of {self.skipped}; skip one layer at least")
+        if self.kind == "window" and (self.lower != 1 or self.window % 2 == 0):
+            raise ConfigError(f"a window of {self.window} with {self.lower} layers; give an odd window and one layer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,35 +76,41 @@ class Batch:
     mask: Tensor
 
 
-class Layer(nn.Module):
-    """One transformer layer; what attends to what is the caller's."""
+# ---- layers --------------------------------------------------------------------------------------------------------
+
+
+class _Block(nn.Module):
+    """The weights of one transformer layer. What attends to what is for those that derive from it."""
 
     def __init__(self, config: EncoderConfig, weights: dict[str, Tensor], layer: int) -> None:
         super().__init__()
         self.config = config
-        for site in LINEAR_SITES:
-            linear = nn.Linear(config.site_in(site), config.site_out(site))
-            self.add_module(site, linear)
-        for site in ("attn_norm", "ffn_norm"):
-            self.add_module(site, nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps))
-        self.load_state_dict(
-            {name: weights[f"layers.{layer}.{name}"] for name in self.state_dict()}, strict=True
+        self.q, self.k, self.v, self.attn_out, self.ffn_up, self.ffn_down = (
+            nn.Linear(config.site_in(site), config.site_out(site)) for site in LINEAR_SITES
         )
+        self.attn_norm, self.ffn_norm = (nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) for _ in range(2))
+        self.load_state_dict({name: weights[f"layers.{layer}.{name}"] for name in self.state_dict()})
 
     def heads(self, rows: Tensor) -> Tensor:
         """[..., n, H] to [..., A, n, D]."""
-        return rows.unflatten(-1, (self.config.num_heads, self.config.head_size)).transpose(-3, -2)
+        return rows.view(*rows.shape[:-1], self.config.num_heads, self.config.head_size).transpose(-3, -2)
 
     def close(self, entered: Tensor, context: Tensor) -> Tensor:
         """The rest of the layer after attention, [..., H]."""
         hidden = self.attn_norm(entered + self.attn_out(context))
-        return self.ffn_norm(hidden + self.ffn_down(activate(self.ffn_up(hidden), self.config.activation)))
+        wide = activate(self.ffn_up(hidden), self.config.activation)
+        closed: Tensor = self.ffn_norm(hidden + self.ffn_down(wide))
+        return closed
+
+
+class FullLayer(_Block):
+    """Every token sees the whole text."""
 
     def forward(self, hidden: Tensor, bias: Tensor | None) -> Tensor:
-        """[B, n, H], ordinary attention."""
-        q, k, v = (self.heads(getattr(self, site)(hidden)) for site in "qkv")
+        """hidden: [B, n, H]; bias: as `_attention_bias` makes it."""
+        q, k, v = (self.heads(site(hidden)) for site in (self.q, self.k, self.v))
         context = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.close(hidden, context.transpose(-3, -2).flatten(-2))
+        return self.close(hidden, context.transpose(1, 2).flatten(2))
 
     def scores(self, hidden: Tensor) -> Tensor:
         """[B, A, n, n] before the mask and the softmax."""
@@ -95,63 +118,83 @@ class Layer(nn.Module):
         return q @ k.transpose(-1, -2) / math.sqrt(self.config.head_size)
 
 
-class LocalLayer(Layer):
-    """A layer over the slots of an n-gram and some constant keys and values ("sinks"), which stand for the rest of a
-    text: without them the few slots would get all of the attention that the teacher gives to far tokens."""
+class _SinkBlock(_Block):
+    """With constant keys and values ("sinks") that stand for the rest of a text: without them few tokens would get all
+    of the attention that the teacher gives to far ones."""
 
     def __init__(self, config: EncoderConfig, weights: dict[str, Tensor], layer: int, sinks: Tensor) -> None:
-        """sinks: [S, H] states whose keys and values the constants begin with."""
+        """sinks: [S, H], states whose keys and values the constants begin with."""
         super().__init__(config, weights, layer)
         with torch.no_grad():
             self.sink_keys, self.sink_values = (nn.Parameter(site(sinks)) for site in (self.k, self.v))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, present: Tensor) -> Tensor:
+        """q: [m, s, H]; k, v: [m, t, H]; present: [m, t] bool. To context [m, s, H]."""
+        m = len(k)
+        k, v = (
+            torch.cat([s.to(k.dtype).expand(m, -1, -1), x], 1) for s, x in ((self.sink_keys, k), (self.sink_values, v))
+        )
+        allowed = torch.cat([present.new_ones(m, len(self.sink_keys)), present], 1)[:, None, None]
+        q, k, v = self.heads(q), self.heads(k), self.heads(v)
+        scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(self.config.head_size)
+        weights = scores.masked_fill(~allowed, -math.inf).softmax(-1)
+        return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
+
+
+class LocalLayer(_SinkBlock):
+    """The slots of an n-gram see each other."""
 
     def forward(self, hidden: Tensor, present: Tensor) -> Tensor:
         """hidden: [m, s, H]; present: [m, s] bool."""
-        m, num_sinks = len(hidden), len(self.sink_keys)
-        k, v = self.k(hidden), self.v(hidden)
-        k = torch.cat([self.sink_keys.to(k.dtype).expand(m, -1, -1), k], 1)
-        v = torch.cat([self.sink_values.to(v.dtype).expand(m, -1, -1), v], 1)
-        mask = torch.cat([present.new_ones(m, num_sinks), present], 1)
-        q, k, v = self.heads(self.q(hidden)), self.heads(k), self.heads(v)  # [m, A, s or S + s, D]
-        scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(self.config.head_size)
-        scores = scores.masked_fill(~mask[:, None, None, :], -math.inf)
-        context = scores.softmax(-1).to(v.dtype) @ v
-        return self.close(hidden, context.transpose(1, 2).flatten(2))
+        context = self.attend(self.q(hidden), self.k(hidden), self.v(hidden), present)
+        return self.close(hidden, context)
 
 
-class WindowLayer(Layer):
-    """A layer for the centre token of a window, whose keys and values come from single tokens and their distance."""
+class WindowLayer(_SinkBlock):
+    """The centre of a window sees its tokens, whose keys and values come from the token and its distance alone."""
 
-    def __init__(self, config: EncoderConfig, weights: dict[str, Tensor], layer: int, sinks: Tensor, window: int) -> None:
-        super().__init__(config, weights, layer)
-        with torch.no_grad():
-            self.sink_keys, self.sink_values = (nn.Parameter(site(sinks)) for site in (self.k, self.v))
-        self.far_keys = nn.Parameter(torch.zeros(window, config.hidden_size))
-        self.far_values = nn.Parameter(torch.zeros(window, config.hidden_size))
-        self.reach = window // 2
+    def __init__(
+        self, config: EncoderConfig, weights: dict[str, Tensor], layer: int, sinks: Tensor, window: int
+    ) -> None:
+        super().__init__(config, weights, layer, sinks)
+        self.far_keys, self.far_values = (nn.Parameter(torch.zeros(window, config.hidden_size)) for _ in range(2))
 
     def forward(self, rows: Tensor, inverse: Tensor, mask: Tensor) -> Tensor:
-        """rows: [m, H] of distinct tokens; inverse: [B, n] which; mask: [B, n]."""
-        shape = (self.config.num_heads, self.config.head_size)
-        q, k, v = (getattr(self, site)(rows) for site in "qkv")
-        window = [torch.roll(inverse, -d, 1) for d in range(-self.reach, self.reach + 1)]
-        n = inverse.shape[1]
-        at = torch.arange(n, device=inverse.device)
-        there = []
-        for d in range(-self.reach, self.reach + 1):
-            inside = (at + d >= 0) & (at + d < n)
-            there.append(torch.roll(mask, -d, 1) & inside)
-        present, which = torch.stack(there, 2)[mask], torch.stack(window, 2)[mask]  # [T, w]
-        keys, values = k[which] + self.far_keys.to(k.dtype), v[which] + self.far_values.to(v.dtype)
-        total = len(which)
-        keys = torch.cat([self.sink_keys.to(k.dtype).expand(total, -1, -1), keys], 1).unflatten(2, shape)
-        values = torch.cat([self.sink_values.to(v.dtype).expand(total, -1, -1), values], 1).unflatten(2, shape)
-        queries = q[inverse[mask]].unflatten(1, shape)
-        scores = torch.einsum("tad,tsad->tas", queries, keys).float() / math.sqrt(shape[1])
-        allowed = torch.cat([present.new_ones(total, len(self.sink_keys)), present], 1)
-        weights = scores.masked_fill(~allowed[:, None], -math.inf).softmax(-1).to(values.dtype)
-        context = torch.einsum("tas,tsad->tad", weights, values).flatten(1)
-        return self.close(rows[inverse[mask]], context)  # [T, H]
+        """rows: [m, H] of distinct tokens; inverse: [B, n], which of them each token is. To [T, H], without padding."""
+        n, reach = inverse.shape[1], len(self.far_keys) // 2
+        offsets = torch.arange(-reach, reach + 1, device=inverse.device)
+        places = torch.arange(n, device=inverse.device)[:, None] + offsets  # [n, w]
+        inside = (places >= 0) & (places < n)
+        places = places.clamp(0, n - 1)
+        which, present = inverse[:, places][mask], (mask[:, places] & inside)[mask]  # [T, w]
+        q, k, v = self.q(rows)[inverse[mask]], self.k(rows)[which], self.v(rows)[which]
+        context = self.attend(q[:, None], k + self.far_keys.to(k.dtype), v + self.far_values.to(v.dtype), present)
+        return self.close(rows[inverse[mask]], context[:, 0])
+
+
+# ---- the teacher, and lower ends -----------------------------------------------------------------------------------
+
+
+class Embeddings(nn.Module):
+    """Word, position and type embeddings and their LayerNorm. Words are not trained."""
+
+    def __init__(self, config: EncoderConfig, weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.config = config
+        self.word = nn.Parameter(weights["word_embeddings"], requires_grad=False)
+        self.position = nn.Parameter(weights["position_embeddings"].clone())
+        types = weights.get("type_embeddings")
+        self.types = nn.Parameter(torch.zeros(1, config.hidden_size) if types is None else types.clone())
+        self.norm = _norm(config, weights["emb_norm.weight"], weights["emb_norm.bias"])
+
+    def forward(self, batch: Batch) -> Tensor:
+        positions = torch.arange(batch.token_ids.shape[1], device=batch.token_ids.device)
+        if self.config.position_offset:
+            real = (batch.token_ids != self.config.pad_token_id).long()
+            positions = real.cumsum(1) * real + self.config.pad_token_id
+        types = self.types[batch.type_ids.clamp(max=len(self.types) - 1)]
+        embedded: Tensor = self.norm(self.word[batch.token_ids] + self.position[positions] + types)
+        return embedded
 
 
 class Teacher(nn.Module):
@@ -160,150 +203,150 @@ class Teacher(nn.Module):
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         config, weights = backbone.config, backbone.weights
-        self.config, self.offset = config, config.position_offset
+        if config.relative_buckets:
+            raise ConfigError(f"a {config.model_type} encoder has relative positions, and no skip student")
         self.embeddings = Embeddings(config, weights)
-        self.layers = nn.ModuleList(Layer(config, weights, i) for i in range(config.num_layers))
+        self.layers = nn.ModuleList(FullLayer(config, weights, i) for i in range(config.num_layers))
         self.requires_grad_(False)
 
     def forward(self, batch: Batch) -> list[Tensor]:
         """Hidden states [B, n, H]: of the embeddings, then after each layer."""
-        bias = attention_bias(batch.mask)
+        bias = _attention_bias(batch.mask)
         states = [self.embeddings(batch)]
         for layer in self.layers:
             states.append(layer(states[-1], bias))
         return states
 
 
-class Embeddings(nn.Module):
-    """Word, position and type embeddings and their LayerNorm."""
+class FullLower(nn.Module):
+    """The embeddings and the first layers of the teacher."""
 
-    def __init__(self, config: EncoderConfig, weights: dict[str, Tensor]) -> None:
+    def __init__(self, backbone: Backbone, shape: SkipShape) -> None:
         super().__init__()
-        self.config = config
-        self.word = nn.Parameter(weights["word_embeddings"], requires_grad=False)
-        self.position = nn.Parameter(weights["position_embeddings"].clone())
-        types = weights.get("type_embeddings")
-        self.kinds = nn.Parameter(torch.zeros(1, config.hidden_size) if types is None else types.clone())
-        self.norm = _norm_of(config, weights["emb_norm.weight"], weights["emb_norm.bias"])
+        self.embeddings = Embeddings(backbone.config, backbone.weights)
+        self.layers = nn.ModuleList(FullLayer(backbone.config, backbone.weights, i) for i in range(shape.lower))
 
-    def forward(self, batch: Batch) -> Tensor:
-        positions = torch.arange(batch.token_ids.shape[1], device=batch.token_ids.device)
-        if self.config.position_offset:
-            real = (batch.token_ids != self.config.pad_token_id).long()
-            positions = real.cumsum(1) * real + self.config.pad_token_id
-        types = self.kinds[batch.type_ids.clamp(max=len(self.kinds) - 1)]
-        return self.norm(self.word[batch.token_ids] + self.position[positions] + types)
+    def forward(self, batch: Batch, kept: Tensor | None) -> Tensor:
+        bias = _attention_bias(batch.mask)
+        hidden: Tensor = self.embeddings(batch)
+        for layer in self.layers:
+            hidden = layer(hidden, bias)
+        return hidden
+
+
+class _MergingLower(nn.Module):
+    """What is local by nature gets its place in the text afterwards: gate, position, type, LayerNorm."""
+
+    def __init__(self, backbone: Backbone, layers: Sequence[_SinkBlock], slots: int) -> None:
+        super().__init__()
+        config, weights = backbone.config, backbone.weights
+        self.word = nn.Parameter(weights["word_embeddings"], requires_grad=False)
+        self.position_embeddings = nn.Parameter(_slot_positions(config, weights, slots))
+        self.emb_norm = _norm(config, weights["emb_norm.weight"], weights["emb_norm.bias"])
+        self.layers = nn.ModuleList(layers)
+        self.gate_weight = nn.Parameter(torch.zeros(slots, config.hidden_size))
+        self.gate_bias = nn.Parameter(torch.logit(torch.tensor(_GATES if slots == len(_GATES) else (_ONE_GATE,))))
+        self.position = nn.Parameter(torch.zeros(config.max_length, config.hidden_size))
+        self.types = nn.Parameter(torch.zeros(max(1, config.type_vocab_size), config.hidden_size))
+        last = layers[-1].ffn_norm if layers else self.emb_norm
+        self.norm = _norm(config, last.weight, last.bias)
+        if layers:  # what scales the last local layer's rows comes after they are added up
+            nn.init.ones_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def gated(self, rows: Tensor) -> Tensor:
+        """[m, s, H]."""
+        gates = torch.sigmoid((rows.float() * self.gate_weight).sum(-1) + self.gate_bias)
+        return rows * gates[..., None].to(rows.dtype)
+
+    def placed(self, merged: Tensor, batch: Batch) -> Tensor:
+        """[B, n, H]."""
+        places = torch.arange(merged.shape[1], device=merged.device)
+        types = self.types[batch.type_ids.clamp(max=len(self.types) - 1)]
+        placed: Tensor = self.norm(merged + self.position[places] + types)
+        return placed
+
+
+class NgramLower(_MergingLower):
+    """Local layers on n-grams, and the sum of the views of each token."""
+
+    def __init__(self, backbone: Backbone, shape: SkipShape, sinks: Tensor) -> None:
+        self.slots = 3 if shape.kind == "trigram" else 1
+        layers = [LocalLayer(backbone.config, backbone.weights, i, sinks[i]) for i in range(shape.lower)]
+        super().__init__(backbone, layers, self.slots)
+
+    def forward(self, batch: Batch, kept: Tensor | None) -> Tensor:
+        """kept: [B, n], how many tokens of the n-gram around each are looked at: 3, 2 without the left one, 1."""
+        grams, inverse = self.ngrams(batch, kept)
+        rows = self.encode(grams)[inverse] * batch.mask[..., None, None]  # [B, n, s, H]
+        if self.slots == 1:
+            return self.placed(rows[:, :, 0], batch)
+        merged = rows[:, :, 1].clone()
+        merged[:, :-1] += rows[:, 1:, 0]
+        merged[:, 1:] += rows[:, :-1, 2]
+        return self.placed(merged, batch)
+
+    def ngrams(self, batch: Batch, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Distinct n-grams [m, s] of token ids, -1 where there is none, and [B, n] which is centred on each token."""
+        ids = torch.where(batch.mask, batch.token_ids, -1) + 1
+        if self.slots == 3:
+            left, right = F.pad(ids, (1, 0))[:, :-1], F.pad(ids, (0, 1))[:, 1:]
+            if kept is not None:
+                left, right = left * (kept > 2), right * (kept > 1)
+            ids = (left << 42) | (ids << 21) | right
+        ids = torch.where(batch.mask, ids, ids[0, 0])
+        distinct, inverse = torch.unique(ids, return_inverse=True)
+        shifts = (42, 21, 0) if self.slots == 3 else (0,)
+        return torch.stack([((distinct >> shift) & _CODE) - 1 for shift in shifts], 1), inverse
+
+    def encode(self, grams: Tensor) -> Tensor:
+        """[m, s] token ids, -1 missing, to gated rows [m, s, H], 0 where the token is missing."""
+        present = grams >= 0
+        hidden = self.emb_norm(self.word[grams.clamp(min=0)] + self.position_embeddings)
+        for layer in self.layers:
+            hidden = layer(hidden, present)
+        return self.gated(hidden) * present[..., None]
+
+
+class WindowLower(_MergingLower):
+    """One layer for the centre of a window."""
+
+    def __init__(self, backbone: Backbone, shape: SkipShape, sinks: Tensor) -> None:
+        layer = WindowLayer(backbone.config, backbone.weights, 0, sinks[0], shape.window)
+        super().__init__(backbone, [layer], 1)
+
+    def forward(self, batch: Batch, kept: Tensor | None) -> Tensor:
+        distinct, inverse = torch.unique(batch.token_ids, return_inverse=True)
+        rows = self.emb_norm(self.word[distinct] + self.position_embeddings[0])
+        flat = self.gated(self.layers[0](rows, inverse, batch.mask)[:, None])[:, 0]
+        merged = flat.new_zeros(*batch.mask.shape, flat.shape[-1])
+        merged[batch.mask] = flat
+        return self.placed(merged, batch)
 
 
 class SkipStudent(nn.Module):
-    """Parameters are named as vbert/formats/skip_folder.py names tensors, where there is a folder of its kind."""
+    """A lower end, and the upper layers that begin as the teacher's."""
 
     def __init__(self, backbone: Backbone, shape: SkipShape, sinks: Tensor) -> None:
-        """sinks: [skipped, S, H], teacher states that enter each layer, which stand for far tokens at the start."""
+        """sinks: [lower, S, H], teacher states that enter each layer, which stand for far tokens at the start."""
         super().__init__()
-        config, weights = backbone.config, backbone.weights
-        if config.relative_buckets:
-            raise ConfigError(f"a {config.model_type} encoder has relative positions, and no skip student")
-        self.config, self.shape = config, shape
-        self.slots = 3 if shape.kind == "trigram" else 1
-        self.word = nn.Parameter(weights["word_embeddings"], requires_grad=False)
+        if backbone.config.relative_buckets:
+            raise ConfigError(f"a {backbone.config.model_type} encoder has relative positions, and no skip student")
+        self.shape, self.config = shape, backbone.config
+        self.lower: FullLower | NgramLower | WindowLower
         if shape.kind == "full":
-            self.embeddings = Embeddings(config, weights)
-            self.embeddings.word = self.word
-            self.local = nn.ModuleList(Layer(config, weights, i) for i in range(shape.lower))
+            self.lower = FullLower(backbone, shape)
         else:
-            self.position_embeddings = nn.Parameter(_slot_positions(config, weights, self.slots))
-            self.emb_norm = _norm_of(config, weights["emb_norm.weight"], weights["emb_norm.bias"])
-            make = (
-                (lambda i: WindowLayer(config, weights, i, sinks[i], shape.window))
-                if shape.kind == "window"
-                else (lambda i: LocalLayer(config, weights, i, sinks[i]))
-            )
-            self.local = nn.ModuleList(make(i) for i in range(shape.lower))
-            gates = _GATES if self.slots == 3 else (0.97,)
-            self.gate_weight = nn.Parameter(torch.zeros(self.slots, config.hidden_size))
-            self.gate_bias = nn.Parameter(torch.logit(torch.tensor(gates)))
-            self.merge_position = nn.Parameter(torch.zeros(config.max_length, config.hidden_size))
-            self.merge_type = nn.Parameter(torch.zeros(max(1, config.type_vocab_size), config.hidden_size))
-            self.merge_norm = _norm_of(config, torch.ones(config.hidden_size), torch.zeros(config.hidden_size))
-            if shape.lower:  # what scales the last local layer's rows comes after they are added up
-                last = self.local[-1].ffn_norm
-                self.merge_norm.load_state_dict(last.state_dict())
-                nn.init.ones_(last.weight)
-                nn.init.zeros_(last.bias)
-            else:
-                self.merge_norm.load_state_dict(self.emb_norm.state_dict())
-        self.upper = nn.ModuleList(Layer(config, weights, i) for i in shape.upper)
+            self.lower = (WindowLower if shape.kind == "window" else NgramLower)(backbone, shape, sinks)
+        self.upper = nn.ModuleList(FullLayer(backbone.config, backbone.weights, i) for i in shape.upper)
 
     def forward(self, batch: Batch, kept: Tensor | None = None) -> list[Tensor]:
-        """Hidden states [B, n, H]: what enters the upper layers, then after each. kept: [B, n], how many tokens of the
-        n-gram around each are looked at: 3, 2 without the left one, 1."""
-        bias = attention_bias(batch.mask)
-        states = [self.enter(batch, kept, bias)]
+        """Hidden states [B, n, H]: what enters the upper layers, then after each. kept: see NgramLower."""
+        bias = _attention_bias(batch.mask)
+        states: list[Tensor] = [self.lower(batch, kept)]
         for layer in self.upper:
             states.append(layer(states[-1], bias))
         return states
-
-    def enter(self, batch: Batch, kept: Tensor | None, bias: Tensor | None) -> Tensor:
-        if self.shape.kind == "full":
-            hidden = self.embeddings(batch)
-            for layer in self.local:
-                hidden = layer(hidden, bias)
-            return hidden
-        if self.shape.kind == "window":
-            distinct, inverse = torch.unique(batch.token_ids, return_inverse=True)
-            rows = self.emb_norm(self.word[distinct] + self.position_embeddings[0])
-            flat = self.local[0](rows, inverse, batch.mask)
-            flat = flat * self._gates(flat[:, None])[:, 0]
-            merged = flat.new_zeros(*batch.mask.shape, flat.shape[-1])
-            merged[batch.mask] = flat
-        else:
-            merged = self._merged(batch, kept)
-        places = torch.arange(merged.shape[1], device=merged.device)
-        types = self.merge_type[batch.type_ids.clamp(max=len(self.merge_type) - 1)]
-        return self.merge_norm(merged + self.merge_position[places] + types)
-
-    def ngrams(self, batch: Batch, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Distinct n-grams [m, s] of token ids, -1 where there is none, and which each token is the centre of [B, n]."""
-        ids = torch.where(batch.mask, batch.token_ids, -1)
-        if self.slots == 3:
-            nothing = ids.new_full((len(ids), 1), -1)
-            left, right = torch.cat([nothing, ids[:, :-1]], 1), torch.cat([ids[:, 1:], nothing], 1)
-            if kept is not None:
-                left, right = torch.where(kept > 2, left, -1), torch.where(kept > 1, right, -1)
-            key = ((left + 1) << 42) | ((ids + 1) << 21) | (right + 1)
-        else:
-            key = ids + 1
-        key = torch.where(batch.mask, key, key[0, 0])
-        distinct, inverse = torch.unique(key, return_inverse=True)
-        shifts = (42, 21, 0) if self.slots == 3 else (0,)
-        return torch.stack([((distinct >> s) & 0x1FFFFF) - 1 for s in shifts], 1), inverse
-
-    def encode(self, grams: Tensor) -> Tensor:
-        """[m, s] token ids, -1 missing, to gated rows [m, s, H]."""
-        present = grams >= 0
-        hidden = self.emb_norm(self.word[grams.clamp(min=0)] + self.position_embeddings)
-        for layer in self.local:
-            hidden = layer(hidden, present)
-        return hidden * self._gates(hidden) * present[..., None].to(hidden.dtype)
-
-    def _gates(self, rows: Tensor) -> Tensor:
-        """[m, s, H] to [m, s, 1]."""
-        return torch.sigmoid((rows.float() * self.gate_weight).sum(-1, keepdim=True) + self.gate_bias[:, None]).to(rows.dtype)
-
-    def _merged(self, batch: Batch, kept: Tensor | None) -> Tensor:
-        """[B, n, H]: what the n-grams around each token say of it, added up."""
-        grams, inverse = self.ngrams(batch, kept)
-        rows = self.encode(grams)
-        mask = batch.mask[..., None].to(rows.dtype)
-        if self.slots == 1:
-            return rows[:, 0][inverse] * mask
-        views = rows[inverse]  # [B, n, 3, H]
-        views = views * mask[..., None]
-        merged = views[:, :, 1].clone()
-        merged[:, :-1] += views[:, 1:, 0]
-        merged[:, 1:] += views[:, :-1, 2]
-        return merged * mask
 
 
 def random_kept(shape: torch.Size, share: float, device: torch.device) -> Tensor:
@@ -312,14 +355,14 @@ def random_kept(shape: torch.Size, share: float, device: torch.device) -> Tensor
     return 3 - (draw < share).long() - (draw < share / 3).long()
 
 
-def attention_bias(mask: Tensor) -> Tensor | None:
+def _attention_bias(mask: Tensor) -> Tensor | None:
     """[B, 1, 1, n]: -inf at padding; None where there is none."""
     if bool(mask.all()):
         return None
     return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)[:, None, None]
 
 
-def _norm_of(config: EncoderConfig, weight: Tensor, bias: Tensor) -> nn.LayerNorm:
+def _norm(config: EncoderConfig, weight: Tensor, bias: Tensor) -> nn.LayerNorm:
     norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
     norm.load_state_dict({"weight": weight, "bias": bias})
     return norm
@@ -328,6 +371,7 @@ def _norm_of(config: EncoderConfig, weight: Tensor, bias: Tensor) -> nn.LayerNor
 def _slot_positions(config: EncoderConfig, weights: dict[str, Tensor], slots: int) -> Tensor:
     """[s, H]: what neighbouring places add on average in the teacher, the token type included."""
     table, first = weights["position_embeddings"], config.position_offset
-    rows = torch.stack([table[first + k : first + k + _TYPICAL_LENGTH].mean(0) for k in range(slots)])
+    count = min(_TYPICAL_LENGTH, config.max_length - slots + 1)
+    rows = torch.stack([table[first + k : first + k + count].mean(0) for k in range(slots)])
     types = weights.get("type_embeddings")
     return rows if types is None else rows + types[0]

@@ -1,4 +1,4 @@
-"""Unlabelled text for distillation: files of lines or of JSON objects, tokenised once, in batches of similar lengths."""
+"""Unlabelled text for distillation: files of lines or JSON objects, tokenised once, in batches of similar lengths."""
 
 from __future__ import annotations
 
@@ -91,15 +91,19 @@ class Texts:
         if not ids:
             raise BadRequest(f"{', '.join(map(str, files))}: no text at all; give files that have some")
         starts = np.concatenate([[0], np.cumsum([len(piece) for piece in ids])]).astype(np.int64)
-        flat = (np.fromiter((i for piece in part for i in piece), np.int32, starts[-1]) for part in (ids, types))
-        return cls(*flat, starts)
+        flat, flat_types = (
+            np.fromiter((i for piece in part for i in piece), np.int32, starts[-1]) for part in (ids, types)
+        )
+        return cls(flat, flat_types, starts)
 
     def batch(self, indices: NDArray[np.int64], device: torch.device) -> Batch:
         lengths = self.starts[indices + 1] - self.starts[indices]
         at = np.arange(int(lengths.max()))[None, :]
         real = at < lengths[:, None]
         places = np.where(real, self.starts[indices][:, None] + at, 0)
-        ids, types = (torch.from_numpy(np.where(real, part[places], 0).astype(np.int64)) for part in (self.ids, self.types))
+        ids, types = (
+            torch.from_numpy(np.where(real, part[places], 0).astype(np.int64)) for part in (self.ids, self.types)
+        )
         return Batch(ids.to(device), types.to(device), torch.from_numpy(real).to(device))
 
 

@@ -177,8 +177,8 @@ class Arena:
         memory: Memory | None = None,
         skip: Skip | None = None,
     ) -> None:
-        """skip: of the backbone. max_bytes: more than this is never used, by what is resident and by pages kept for the next owner.
-        memory: where the slots lie; default: address space of the CPU."""
+        """max_bytes: more than this is never used, by what is resident and by pages kept for the next owner.
+        memory: where the slots lie; default: address space of the CPU. skip: of the backbone."""
         self._config, self._fingerprint, self._skip = config, fingerprint, skip
         self._dtype, self._max_bytes = dtype, max_bytes
         self._memory = memory or AddressSpace(max_bytes)

@@ -117,8 +117,10 @@ class Encoder:
 
     def word_rows(self, rows: PackedRows) -> Tensor:
         """[T, H] word rows on its device. rows: in host memory."""
-        mapped = self.mapped_words(rows)
-        return mapped if mapped is not None else F.embedding(rows.token_ids.to(self.device), self._word)
+        if (mapped := self.mapped_words(rows)) is not None:
+            return mapped
+        assert self._word is not None
+        return F.embedding(rows.token_ids.to(self.device), self._word)
 
     def embed(self, rows: PackedRows, deltas: BatchDeltas, word_rows: Tensor | None = None) -> Tensor:
         """Token rows to the hidden states that enter layer 0, [T, H]. word_rows: [T, H], read in place of a look-up."""

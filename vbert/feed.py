@@ -25,6 +25,15 @@ class Feed(Protocol):
         """[n, H] on the model's device: the computed states that a junction wants kept. They are the feed's own."""
         ...
 
+    def entry_rows(self) -> Tensor | None:
+        """[T, H] float32 on the model's device: what stored n-grams say of the tokens of a batch's entry. It is the
+        forward's own. None: those that the entry has."""
+        ...
+
+    def keep_ngrams(self, rows: Tensor) -> None:
+        """[m, 3, H] on the model's device: rows of the entry's missing n-grams. They are the feed's own."""
+        ...
+
     def before_layer(self, i: int) -> None:
         """Called before anything reads what tenants change in layer i: -1 embeddings, 0 to L - 1, then L, the heads."""
         ...

@@ -19,7 +19,7 @@ import torch
 from vbert.config import ACTIVATIONS, EncoderConfig
 from vbert.errors import CorruptFile, WrongBackbone
 from vbert.layout import SlotLayout
-from vbert.skip import Skip
+from vbert.skip import Skip, usable_paths
 from vbert.tenant import HEAD_KINDS, PATHS, Dense, Head
 
 __all__ = ["AGAIN", "FORMAT_VERSION", "StoredTensor", "TenantHeader", "parse_header", "read_header"]
@@ -95,9 +95,7 @@ class TenantHeader:
 
     def paths_on(self, skip: Skip | None) -> tuple[str, ...]:
         """Which of its paths there are on a backbone with this skip part."""
-        made_for = skip is not None and self.skip_fingerprint in (skip.fingerprint, skip.base)
-        plain_way = skip is None or skip.config.first_layer > 0
-        return tuple(path for path in self.paths if (plain_way if path == "plain" else made_for))
+        return usable_paths(self.paths, self.skip_fingerprint, skip)
 
     def check(
         self, config: EncoderConfig, fingerprint: str, skip: Skip | None = None, known: Container[str] = ()

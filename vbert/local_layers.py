@@ -24,8 +24,11 @@ from vbert.batch import AttentionPlan, PackedRows
 from vbert.config import EncoderConfig
 from vbert.deltas import BatchDeltas
 from vbert.encoder import Encoder
-from vbert.skip import SLOTS, Skip
+from vbert.entry import Entry
+from vbert.kernels.merge_rows import merge_rows
 from vbert.ngram.index import Keys, parts_of
+from vbert.ngram.views import add_views
+from vbert.skip import SLOTS, Skip
 from vbert.workspace import Workspace
 
 __all__ = ["LocalLayers"]
@@ -34,7 +37,7 @@ _AT_ONCE = 4096  # n-grams in one forward
 
 
 class LocalLayers:
-    """In one dtype on one device. Not for several threads at once: it keeps its buffers."""
+    """In one dtype on one device. Any number of threads may call it, each with buffers of its own."""
 
     def __init__(self, encoder: Encoder, skip: Skip) -> None:
         """encoder: the one above, whose word embeddings these layers read."""
@@ -57,7 +60,6 @@ class LocalLayers:
         self._norm = get("merge.norm.weight"), get("merge.norm.bias")
         self._eps, self._width = shape.layer_norm_eps, shape.hidden_size
         self._deltas = BatchDeltas([None], [0, 0])
-        self._space = Workspace(dtype, device)
 
     @property
     def num_bytes(self) -> int:
@@ -66,28 +68,49 @@ class LocalLayers:
         return self._encoder.num_bytes + sum(tensor.nbytes for tensor in own)
 
     @torch.inference_mode()
-    def encode(self, keys: Keys) -> Tensor:
-        """[n] n-grams (vbert/ngram/index.py) to their rows, [n, 3, H] on the device."""
-        parts = [self._encode(keys[i : i + _AT_ONCE]) for i in range(0, len(keys), _AT_ONCE)]
+    def encode(self, keys: Keys, space: Workspace | None = None) -> Tensor:
+        """[n] n-grams (vbert/ngram/index.py) to their rows, [n, 3, H] on the device. space: buffers to use."""
+        space = space or Workspace(self._dtype, self._device)
+        parts = [self._encode(keys[i : i + _AT_ONCE], space) for i in range(0, len(keys), _AT_ONCE)]
         if not parts:
             return torch.empty(0, SLOTS, self._width, dtype=self._dtype, device=self._device)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @torch.inference_mode()
-    def enter(self, rows: Tensor, position_ids: Tensor, type_ids: Tensor) -> Tensor:
-        """What enters the upper layers, [T, H] of the model's dtype. rows: [T, H], added up; ids: [T], positions in
-        their sequence from 0 on."""
-        hidden = rows + F.embedding(position_ids, self._position) + F.embedding(type_ids, self._type)
-        return F.layer_norm(hidden.to(self._dtype), (self._width,), *self._norm, self._eps)
+    def enter(self, entry: Entry, rows: Tensor | None = None, space: Workspace | None = None) -> tuple[Tensor, Tensor]:
+        """What enters the upper layers, [T, H] of the model's dtype, and the rows of `entry.missing`, [m, 3, H].
 
-    def _encode(self, keys: Keys) -> Tensor:
+        rows: [T, H] float32, `entry.rows` on the device, overwritten; None: those that `entry` has.
+        """
+        rows = entry.rows if rows is None else rows
+        computed = self.encode(entry.missing, space)
+        merged = self._added(entry, computed, rows) if len(computed) else rows
+        if merged is None:
+            merged = torch.zeros(len(entry.tokens), self._width, device=self._device)
+        position_ids, type_ids = (ids.to(self._device, non_blocking=True) for ids in entry.seen())
+        hidden = merged + F.embedding(position_ids, self._position) + F.embedding(type_ids, self._type)
+        return F.layer_norm(hidden.to(self._dtype), (self._width,), *self._norm, self._eps), computed
+
+    def _added(self, entry: Entry, computed: Tensor, rows: Tensor | None) -> Tensor:
+        """[T, H] float32: `rows` and what the computed n-grams say."""
+        cu_seqlens, total = entry.tokens.cu_seqlens, len(entry.tokens)
+        if self._device.type == "cpu":
+            out = torch.zeros(total, self._width) if rows is None else rows
+            return add_views(computed, entry.which, cu_seqlens, out=out)
+        which = torch.from_numpy(entry.which).to(self._device)
+        views = computed.index_select(0, which.clamp(min=0)) * (which >= 0)[:, None, None]
+        merged = torch.empty(total, self._width, device=self._device)
+        merge_rows(views, torch.from_numpy(cu_seqlens.astype(np.int32)).to(self._device), out=merged)
+        return merged if rows is None else rows.add_(merged)
+
+    def _encode(self, keys: Keys, space: Workspace) -> Tensor:
         ids = torch.from_numpy(parts_of(keys))
         present = (ids >= 0).to(self._device)
         rows = _slots(ids.clamp(min=0), self._device)
         hidden = self._encoder.embed(rows, self._deltas, self._words.word_rows(rows))
         for i, sinks in enumerate(self._sinks):
             attention = _SlotAttention(present, self._num_heads, *sinks)
-            hidden = self._encoder.layer(i, hidden, attention, self._deltas, self._space)
+            hidden = self._encoder.layer(i, hidden, attention, self._deltas, space)
         u = hidden.view(len(ids), SLOTS, self._width)
         gate = torch.sigmoid((u.float() * self._gate_weight).sum(-1) + self._gate_bias) * present
         return u * gate.unsqueeze(-1).to(u.dtype)
@@ -107,7 +130,7 @@ class _SlotAttention:
         m = len(qkv) // SLOTS
         q, k, v = qkv.view(m, SLOTS, 3, -1).unbind(2)  # [m, 3, H]
         k, v = (torch.cat([sink.expand(m, -1, -1), own], 1) for sink, own in ((self._keys, k), (self._values, v)))
-        q, k, v = (rows.unflatten(2, (self._num_heads, -1)).transpose(1, 2) for rows in (q, k, v))
+        q, k, v = (rows.view(*rows.shape[:2], self._num_heads, -1).transpose(1, 2) for rows in (q, k, v))
         context = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask)
         return context.transpose(1, 2).reshape(m * SLOTS, -1)
 
@@ -128,6 +151,4 @@ def _slots(ids: Tensor, device: torch.device) -> PackedRows:
 
 def _local_config(encoder: EncoderConfig, layers: int) -> EncoderConfig:
     """Of an encoder of so many layers over slots: no types, no offset of positions."""
-    return replace(
-        encoder, num_layers=layers, type_vocab_size=0, position_offset=0, max_length=SLOTS, has_pooler=False
-    )
+    return replace(encoder, num_layers=layers, type_vocab_size=0, position_offset=0, max_length=SLOTS, has_pooler=False)

@@ -18,7 +18,8 @@ from vbert.formats.transformers_folder import Backbone
 from vbert.graphs import HiddenGraphs, capture_on_cuda
 from vbert.heads import run_heads
 from vbert.kernels.cuda import check_available, cupy_is_installed
-from vbert.packing import PackedBatch, SequenceInput, pack_joined
+from vbert.local_layers import LocalLayers
+from vbert.packing import PackedBatch, SequenceInput, Ways, own_ways, pack_joined
 from vbert.rows import RowSource
 from vbert.tenant import Dense
 from vbert.workspace import Workspace
@@ -54,6 +55,7 @@ class Model:
         self._spaces: list[Workspace] = []  # those no forward uses now
         fits = graphs and words is None and self.encoder.takes_varlen
         self._graphs = HiddenGraphs(self._layers, self._new_space, capture_on_cuda) if fits else None
+        self.local = None if backbone.skip is None else LocalLayers(self.encoder, backbone.skip)
         weights = backbone.weights
         self._pooler = (
             Dense(weight=weights["pooler.weight"].to(device), bias=weights["pooler.bias"].to(device), activation="tanh")
@@ -90,29 +92,16 @@ class Model:
             torch.cuda.empty_cache()
 
     def pack(self, sequences: Sequence[SequenceInput]) -> PackedBatch:
+        """Each by its first path, or plain where it may. Raises ShapeError for a path that there is not."""
+        ways = None if self.local is None else own_ways(sequences, self.local.config)
+        if ways is not None:
+            return self.pack_joined(sequences, ways)
+        if self.local is None and any("plain" not in s.paths for s in sequences):
+            raise ShapeError("a sequence is to skip layers, and the backbone has no skip part")
         return PackedBatch.build(sequences, self.config, self.embed_head)
 
-    def pack_joined(
-        self,
-        sequences: Sequence[SequenceInput],
-        layer: int,
-        *,
-        first: Sequence[int],
-        given: Sequence[int],
-        shares: Sequence[bool],
-        wanted: Sequence[int],
-    ) -> PackedBatch:
-        """As vbert.packing.pack_joined."""
-        return pack_joined(
-            sequences,
-            self.config,
-            self.embed_head,
-            layer=layer,
-            first=first,
-            given=given,
-            shares=shares,
-            wanted=wanted,
-        )
+    def pack_joined(self, sequences: Sequence[SequenceInput], ways: Ways) -> PackedBatch:
+        return pack_joined(sequences, self.config, self.embed_head, ways)
 
     @torch.inference_mode()
     def hidden(self, batch: PackedBatch, feed: Feed | None = None) -> Tensor:
@@ -173,15 +162,21 @@ class Model:
         if (junction := batch.junction) is None:
             hidden = self._embedded(batch, feed, word_rows)
             return self._through(range(self.config.num_layers), batch, hidden, space, feed)
-        if junction.lower is None:
-            hidden = feed.given_rows()
-        else:
+        parts: list[Tensor] = []
+        if junction.lower is not None:
             hidden = self._embedded(junction.lower, feed, word_rows)
-            hidden = self._through(range(junction.layer), junction.lower, hidden, space, feed)
+            parts.append(self._through(range(junction.layer), junction.lower, hidden, space, feed))
             if len(junction.kept):
-                feed.keep(hidden.index_select(0, junction.kept))
-            if junction.num_given:
-                hidden = torch.cat([hidden, feed.given_rows()])
+                feed.keep(parts[0].index_select(0, junction.kept))
+        if junction.num_given:
+            parts.append(feed.given_rows())
+        if junction.entry is not None:
+            assert self.local is not None
+            entered, computed = self.local.enter(junction.entry, feed.entry_rows(), space)
+            parts.append(entered)
+            if len(computed):
+                feed.keep_ngrams(computed)
+        hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
         if junction.source is not None:
             hidden = hidden.index_select(0, junction.source)
         return self._through(range(junction.layer, self.config.num_layers), batch, hidden, space, feed)
@@ -208,6 +203,12 @@ class _Nothing:
         raise ShapeError("a batch with a junction needs a feed that gives its states")
 
     def keep(self, rows: Tensor) -> None:
+        pass
+
+    def entry_rows(self) -> None:
+        return None
+
+    def keep_ngrams(self, rows: Tensor) -> None:
         pass
 
     def before_layer(self, i: int) -> None:

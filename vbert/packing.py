@@ -14,22 +14,49 @@ from vbert.arena import ResidentTenant
 from vbert.batch import PackedRows, copy_integers
 from vbert.config import EncoderConfig
 from vbert.deltas import BatchDeltas
+from vbert.entry import Entry, Tokens
+from vbert.errors import ShapeError
+from vbert.ngram.index import shortened
+from vbert.skip import SLOTS, SkipConfig
 from vbert.tenant import Head
 
-__all__ = ["Junction", "PackedBatch", "SequenceInput", "pack_joined"]
+__all__ = ["Junction", "PackedBatch", "SequenceInput", "Ways", "own_ways", "pack_joined"]
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceInput:
     """One tokenised sequence and who it is for; tenant None: the bare backbone with its own embedding head.
 
-    scope: who may share what its lower layers give, see runtime/sequence_store.py; None: nobody does.
+    scope: who may share what its lower layers give, see runtime/sequence_store.py; None: nobody does. paths: the ways
+    through the lower layers that may be chosen among: those of vbert.tenant.PATHS; `compute`, which is `exact` without
+    a look at what is stored; `shortened`, the same with n-grams shortened as a self-test of `backoff` has them.
+    domain: which n-gram tables are asked first.
     """
 
     token_ids: Sequence[int]
     type_ids: Sequence[int]
     tenant: ResidentTenant | None = None
     scope: bytes | None = None
+    paths: tuple[str, ...] = ("plain",)
+    domain: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ways:
+    """How the sequences of a batch come to a layer.
+
+    first: [B], the sequence whose lower layers serve each one as well. given: those whose states are at hand, in the
+    order of their rows. skipping: those of `entry`, in its order. shares: [B], whose lower layers are the bare
+    backbone's. wanted: computed sequences whose states are to be kept, in that order.
+    """
+
+    layer: int
+    first: Sequence[int]
+    shares: Sequence[bool]
+    given: Sequence[int] = ()
+    skipping: Sequence[int] = ()
+    entry: Entry | None = None
+    wanted: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +64,9 @@ class Junction:
     """Where other rows come up from the lower layers than go on: sequences are computed once, or their states given.
 
     layer: the first that all rows of the batch go through. lower: what is computed below it, if anything. source: [T],
-    for each row of the batch its row among those of `lower` with the given ones after them; None: they are the same,
-    and `lower` is the batch. kept: [n], rows of `lower` that others may want later. Both int64, on a GPU int32.
+    for each row of the batch its row among those of `lower`, the given ones after them and then those of `entry`; None:
+    they are the same, and `lower` is the batch. kept: [n], rows of `lower` that others may want later. Both int64, on a
+    GPU int32. entry: of sequences that skip, if any.
     """
 
     layer: int
@@ -46,6 +74,7 @@ class Junction:
     num_given: int
     source: Tensor | None
     kept: Tensor
+    entry: Entry | None = None
 
     def on(self, device: torch.device, batch: PackedBatch, buckets: bool) -> Junction:
         """The same for a GPU. batch: the one it belongs to, which is there already."""
@@ -118,45 +147,56 @@ class PackedBatch:
         return moved if self.junction is None else replace(moved, junction=self.junction.on(device, moved, buckets))
 
 
-def pack_joined(
-    sequences: Sequence[SequenceInput],
-    config: EncoderConfig,
-    embed_head: Head,
-    *,
-    layer: int,
-    first: Sequence[int],
-    given: Sequence[int],
-    shares: Sequence[bool],
-    wanted: Sequence[int],
-) -> PackedBatch:
-    """A batch with a junction before `layer`.
-
-    first: [B], the sequence whose lower layers serve each one as well. given: those whose states are at hand, in the
-    order of their rows. shares: [B], whose lower layers are the bare backbone's. wanted: computed sequences whose
-    states are to be kept, in that order.
-    """
+def pack_joined(sequences: Sequence[SequenceInput], config: EncoderConfig, embed_head: Head, ways: Ways) -> PackedBatch:
+    """A batch with a junction before `ways.layer`."""
     batch = PackedBatch.build(sequences, config, embed_head)
     lengths = np.array([len(s.token_ids) for s in sequences])
-    if not given and all(i == j for i, j in enumerate(first)):  # the lower layers see the same rows
-        begin = np.zeros(len(sequences), np.int64)
-        begin[list(batch.order)] = batch.rows.cu_seqlens[:-1]
-        return replace(batch, junction=Junction(layer, batch, 0, None, _ranges(begin, lengths, wanted)))
-    at_hand = set(given)
-    computed = [i for i in range(len(sequences)) if first[i] == i and i not in at_hand]
+    at_hand = [*ways.given, *ways.skipping]
     begin = np.zeros(len(sequences), np.int64)  # of each sequence that comes up
+    if not at_hand and all(i == j for i, j in enumerate(ways.first)):  # the lower layers see the same rows
+        begin[list(batch.order)] = batch.rows.cu_seqlens[:-1]
+        return replace(batch, junction=Junction(ways.layer, batch, 0, None, _ranges(begin, lengths, ways.wanted)))
+    computed = [i for i in range(len(sequences)) if ways.first[i] == i and i not in set(at_hand)]
     lower, num_rows = None, 0
     if computed:
-        bare = [replace(sequences[i], tenant=None) if shares[i] else sequences[i] for i in computed]
+        bare = [replace(sequences[i], tenant=None) if ways.shares[i] else sequences[i] for i in computed]
         lower = PackedBatch.build(bare, config, embed_head)
         for j, k in enumerate(lower.order):
             begin[computed[k]] = lower.rows.cu_seqlens[j]
         num_rows = int(lower.rows.cu_seqlens[-1])
-    num_given = int(lengths[list(given)].sum())
-    for i in given:
+    for i in at_hand:
         begin[i], num_rows = num_rows, num_rows + lengths[i]
-    kept = _ranges(begin, lengths, wanted)
-    source = _ranges(begin[np.array(first)], lengths, batch.order)
-    return replace(batch, junction=Junction(layer, lower, num_given, source, kept))
+    kept = _ranges(begin, lengths, ways.wanted)
+    source = _ranges(begin[np.array(ways.first)], lengths, batch.order)
+    num_given = int(lengths[list(ways.given)].sum())
+    return replace(batch, junction=Junction(ways.layer, lower, num_given, source, kept, ways.entry))
+
+
+def own_ways(sequences: Sequence[SequenceInput], skip: SkipConfig) -> Ways | None:
+    """The ways that need no store: plain where a sequence may, else all n-grams computed. None: all are plain.
+
+    Raises ShapeError for a path that cannot be computed: `backoff` is nothing without tables.
+    """
+    paths = ["plain" if "plain" in s.paths and skip.first_layer else next(iter(s.paths)) for s in sequences]
+    if bad := sorted(
+        {*paths} - {"plain", "compute", "exact", "shortened"}
+        | ({"plain"} & {*paths} if not skip.first_layer else set())
+    ):
+        raise ShapeError(f"the path {bad[0]!r} cannot be computed on this backbone; give a store, or another path")
+    skipping = [i for i, path in enumerate(paths) if path != "plain"]
+    if not skipping:
+        return None
+    tokens = Tokens.of([sequences[i].token_ids for i in skipping], [sequences[i].type_ids for i in skipping], skip)
+    lengths = np.diff(tokens.cu_seqlens)
+    short = np.repeat([paths[i] == "shortened" for i in skipping], lengths)
+    tokens = replace(tokens, keys=shortened(tokens.keys, np.where(short, SLOTS - tokens.positions % SLOTS, SLOTS)))
+    return Ways(
+        layer=skip.first_layer,
+        first=range(len(sequences)),
+        shares=[False] * len(sequences),
+        skipping=skipping,
+        entry=Entry.computed(tokens),
+    )
 
 
 def _ranges(begin: NDArray[np.int64], lengths: NDArray[np.int64], chosen: Sequence[int]) -> Tensor:

@@ -6,7 +6,8 @@ without any, `make_self_tests` lets the dense reference compute them at first lo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from vbert.errors import CorruptFile, SelfTestFailed
 from vbert.formats.transformers_folder import Backbone
 from vbert.reference import dense_forward
+from vbert.skip import own_paths, usable_paths
 from vbert.tenant import SelfTest, TenantModule
 from vbert.tokenizer import Tokenizer
 
@@ -53,16 +55,21 @@ TOLERANCES = {
 def make_self_tests(
     backbone: Backbone, module: TenantModule | None, tokenizer: Tokenizer, *, texts: Sequence[str] = _TEXTS
 ) -> tuple[SelfTest, ...]:
-    """A few fixed texts with the dense reference's fp32 answers, of the bare backbone without a module.
+    """A few fixed texts with the dense reference's fp32 answers, of the bare backbone without a module, for each path
+    that there is.
 
     Slow: for threads that may block.
     """
     tests = []
+    paths = own_paths(backbone.skip)
+    if module is not None:
+        paths = usable_paths(module.paths, module.skip_fingerprint, backbone.skip)
     max_length = (module and module.max_length) or backbone.config.max_length
     for encoded in tokenizer.encode(texts, max_length=max_length, offsets=False):
         token_ids, type_ids = torch.tensor(encoded.token_ids), torch.tensor(encoded.type_ids)
-        expected = dense_forward(backbone, module, token_ids, type_ids)
-        tests.append(SelfTest(token_ids=token_ids, type_ids=type_ids, expected=expected))
+        for path in paths:
+            expected = dense_forward(backbone, module, token_ids, type_ids, path)
+            tests.append(SelfTest(token_ids=token_ids, type_ids=type_ids, expected=expected, path=path))
     return tuple(tests)
 
 
@@ -86,14 +93,21 @@ def check_outputs(tests: Sequence[SelfTest], outputs: Sequence[Tensor], dtype: t
 
 def dump_self_tests(tests: Sequence[SelfTest]) -> bytes:
     """Safetensors bytes, for TenantStore.set_self_tests."""
-    return save_safetensors({f"{i}.{part}": getattr(test, part) for i, test in enumerate(tests) for part in _PARTS})
+    tensors = {f"{i}.{part}": getattr(test, part) for i, test in enumerate(tests) for part in _PARTS}
+    return save_safetensors(tensors, {"paths": " ".join(test.path for test in tests)})
 
 
 def load_self_tests(data: bytes) -> tuple[SelfTest, ...]:
     """Inverse of `dump_self_tests`. Raises CorruptFile."""
     try:
         tensors = load_safetensors(data)
-        count = len(tensors) // len(_PARTS)
-        return tuple(SelfTest(**{part: tensors[f"{i}.{part}"] for part in _PARTS}) for i in range(count))
-    except (SafetensorError, KeyError) as error:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        paths = header.get("__metadata__", {}).get("paths", "").split() or ["plain"] * (len(tensors) // len(_PARTS))
+        return tuple(_self_test(tensors, i, path) for i, path in enumerate(paths))
+    except (SafetensorError, KeyError, ValueError, AttributeError) as error:
         raise CorruptFile(f"the stored self-tests are malformed ({error}); add the tenant again") from error
+
+
+def _self_test(tensors: Mapping[str, Tensor], i: int, path: str) -> SelfTest:
+    token_ids, type_ids, expected = (tensors[f"{i}.{part}"] for part in _PARTS)
+    return SelfTest(token_ids=token_ids, type_ids=type_ids, expected=expected, path=path)

@@ -5,6 +5,7 @@ vbert/local_layers.py says what it means, vbert/formats/skip_folder.py how it li
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from vbert.config import LINEAR_SITES, EncoderConfig
 from vbert.errors import ConfigError
 
-__all__ = ["SLOTS", "Skip", "SkipConfig", "skip_shapes"]
+__all__ = ["SLOTS", "Skip", "SkipConfig", "own_paths", "skip_shapes", "usable_paths"]
 
 SLOTS = 3  # of a tri-gram: the token left of the centre, the centre, the token right of it
 
@@ -77,3 +78,16 @@ def skip_shapes(skip: SkipConfig, encoder: EncoderConfig) -> dict[str, tuple[int
             shapes[f"layers.{i}.{norm}.weight"] = shapes[f"layers.{i}.{norm}.bias"] = (width,)
         shapes[f"layers.{i}.sink_keys"] = shapes[f"layers.{i}.sink_values"] = (skip.sinks, width)
     return shapes
+
+
+def usable_paths(paths: Iterable[str], made_for: str, skip: Skip | None) -> tuple[str, ...]:
+    """Which of the paths a tenant was trained for there are on a backbone with this skip part. made_for: the
+    fingerprint of the skip part it was trained with, "" where with none."""
+    fits = skip is not None and made_for in (skip.fingerprint, skip.base)
+    plain_way = skip is None or skip.config.first_layer > 0
+    return tuple(path for path in paths if (plain_way if path == "plain" else fits))
+
+
+def own_paths(skip: Skip | None) -> tuple[str, ...]:
+    """Of a backbone itself: it embeds as it was made to, through all lower layers where it has them."""
+    return ("plain",) if skip is None or skip.config.first_layer else ("exact",)

@@ -159,7 +159,7 @@ class TenantModule:
 
     backbone_fingerprint: of the backbone it was made for (`vbert.formats.fingerprint`); another one refuses it. Of its
         skip part where the tenant cannot go the plain way.
-    paths: those of PATHS it was trained for. skip_fingerprint: of the skip part, where they are more than the plain one.
+    paths: those of PATHS it was trained for. skip_fingerprint: of the skip part, where plain is not the only one.
     max_length: tokens, when the tenant takes less than the backbone does.
     source: where it came from, for people: {"format": "peft", "method": "LORA", ...}; JSON values only.
     """

@@ -57,7 +57,8 @@ class Timings(Shape):
 
 
 class InferAnswer(Shape):
-    """`truncated`: for each input (or document), whether it was cut to the limit."""
+    """`truncated`: for each input (or document), whether it was cut to the limit. `paths`: how each came through the
+    lower layers: plain, stored (its text was seen before), exact, compute or backoff."""
 
     object: Literal["list"]
     model: str
@@ -65,6 +66,7 @@ class InferAnswer(Shape):
     usage: Usage
     timings: Timings
     truncated: list[bool]
+    paths: list[str]
 
 
 class Embedding(Shape):

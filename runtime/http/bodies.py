@@ -70,13 +70,18 @@ class InferBody(Body):
         None, ge=1, le=3_600_000, description="the milliseconds the answer may take, 1 to 3600000; null: the server's"
     )
 
+    path: Literal["auto", "plain", "exact", "compute", "backoff"] | None = Field(
+        None,
+        description="how the texts pass the lower layers, one the tenant was trained for; null: the server's choice",
+    )
+
     @property
     def deadline_s(self) -> float | None:
         return None if self.timeout_ms is None else self.timeout_ms / 1000
 
 
 class EmbeddingsBody(InferBody):
-    """As OpenAI's, and `truncate`, `timeout_ms`."""
+    """As OpenAI's, and `truncate`, `timeout_ms`, `path`."""
 
     input: EmbeddingInput = Field(
         description="a text, a list of texts, a list of token ids, or a list of lists of token ids; none of them empty"

@@ -81,7 +81,7 @@ def _as_list(value: Any) -> Sequence[Any]:
 
 
 def _terms(call: Call, body: InferBody) -> dict[str, Any]:
-    return {"deadline_s": body.deadline_s, "truncate": body.truncate, "caller": call.key.name}
+    return {"deadline_s": body.deadline_s, "truncate": body.truncate, "path": body.path, "caller": call.key.name}
 
 
 def _answer(result: Result, *, data: bytes | None = None, **content: Any) -> web.Response:
@@ -95,6 +95,7 @@ def _answer(result: Result, *, data: bytes | None = None, **content: Any) -> web
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
         "timings": timings,
         "truncated": result.truncated,
+        "paths": result.paths,
     }
     body = to_json(common | content)
     if data is not None:

@@ -15,7 +15,7 @@ from aiohttp import web
 from runtime.http.bodies import ActivateBody, PageQuery
 from runtime.http.call import Call, json_response
 from runtime.http.errors import InvalidValue
-from runtime.store import TenantVersion
+from runtime.versions import TenantVersion
 
 __all__ = [
     "activate",

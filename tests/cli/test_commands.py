@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import cli
-from runtime.store import ModuleFacts, TenantStore
+from runtime.store import TenantStore
+from runtime.versions import ModuleFacts
 
 ROOT = Path(__file__).parents[2]
 

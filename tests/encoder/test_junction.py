@@ -12,6 +12,7 @@ from tests.tiny import tiny_backbone
 from vbert.config import MODEL_TYPES
 from vbert.errors import ShapeError
 from vbert.formats.transformers_folder import read_backbone
+from vbert.packing import Ways
 
 LAYER = 2
 
@@ -66,7 +67,9 @@ def test_any_way_to_enter_gives_the_answers_of_the_plain_batch(backbone, dtype, 
             torch.cat([torch.empty(0, width, dtype=bench.model.dtype)] + [stored[_ids(sequences[i])] for i in given])
         )
         missing = [i for i in range(len(sequences)) if shares[i] and first[i] == i and i not in given]
-        batch = bench.model.pack_joined(sequences, LAYER, first=first, given=given, shares=shares, wanted=missing)
+        batch = bench.model.pack_joined(
+            sequences, Ways(layer=LAYER, first=first, given=given, shares=shares, wanted=missing)
+        )
         assert_close(bench.model.forward(batch, feed), bench.forward(sequences), TOLERANCE[dtype])
         kept = torch.split(feed.kept, [len(sequences[i].token_ids) for i in missing])
         stored |= {_ids(sequences[i]): rows for i, rows in zip(missing, kept, strict=True)}
@@ -79,15 +82,15 @@ def test_a_batch_of_given_states_computes_no_lower_layer(backbone, tmp_path):
     bench = Bench(backbone, "float32", tmp_path)
     (sequence, *_), low = bench.sequences(None), bench.load(Factory(backbone, seed=5).tenant("lora"))
     feed = Given(torch.empty(0, backbone.config.hidden_size))
-    how = {"first": [0], "shares": [True]}
-    first = bench.model.forward(bench.model.pack_joined([sequence], LAYER, given=[], wanted=[0], **how), feed)
-    batch = bench.model.pack_joined([sequence], LAYER, given=[0], wanted=[], **how)
+    how = {"layer": LAYER, "first": [0], "shares": [True]}
+    first = bench.model.forward(bench.model.pack_joined([sequence], Ways(given=[], wanted=[0], **how)), feed)
+    batch = bench.model.pack_joined([sequence], Ways(given=[0], wanted=[], **how))
     assert batch.entering is None
     assert_close(bench.model.forward(batch, Given(feed.kept)), first, 1e-6)
     with pytest.raises(ShapeError, match="needs a feed"):
         bench.model.forward(batch)
     other = replace(sequence, tenant=low)
-    mine = bench.model.pack_joined([other], LAYER, first=[0], given=[], shares=[False], wanted=[])
+    mine = bench.model.pack_joined([other], Ways(layer=LAYER, first=[0], shares=[False]))
     assert mine.entering.tenants == (low,)
 
 

@@ -15,7 +15,7 @@ from runtime.http.answers import ErrorAnswer
 from runtime.http.config import HttpConfig
 from runtime.metrics import Metrics
 from runtime.request import ClassifyResult, EmbedResult, RerankResult, ScoreResult, Timings, TokenClassifyResult
-from runtime.store import TenantVersion
+from runtime.versions import TenantVersion
 from serve import accepting, bind, create_app
 from vbert.errors import UnknownTenant
 
@@ -155,6 +155,8 @@ class FakeEngine:
             resident_bytes={"low_rank": 7},
             memory_bytes={"backbone": 9, "modules": 7},
             sequences={"hits": 3},
+            ngrams={"trigrams": 5},
+            paths={"plain": 2},
             resident_modules=1,
             module_budget_bytes=100,
             loading_modules=0,

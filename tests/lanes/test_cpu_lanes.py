@@ -10,7 +10,7 @@ import torch
 
 from runtime.clock import MonotonicClock
 from runtime.errors import ComputeFailed
-from runtime.forwards import Launch
+from runtime.launch import Launch
 from runtime.streams import CpuDevice
 from runtime.uploads import Uploads
 from tests.lanes.test_streams import Gate

@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 
 from runtime.clock import MonotonicClock
-from runtime.forwards import Forwards, Launch
+from runtime.forwards import Forwards
+from runtime.launch import Launch
 from runtime.threads import ThreadChoice
 from runtime.uploads import Uploads, module_pieces
 from tests.lanes.fake_device import FakeDevice, Telling

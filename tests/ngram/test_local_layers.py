@@ -12,11 +12,11 @@ from tests.tiny import tiny_backbone
 from training.export_skip import write_folder
 from training.skip_student import Batch, SkipShape, SkipStudent, Teacher
 from vbert.encoder import Encoder
+from vbert.entry import Entry, Tokens
 from vbert.errors import CorruptFile
 from vbert.formats.transformers_folder import Backbone, read_backbone
-from vbert.kernels.merge_rows import merge_rows
 from vbert.local_layers import LocalLayers
-from vbert.ngram.index import ngram_keys
+from vbert.ngram.views import add_views
 
 CPU = torch.device("cpu")
 
@@ -29,7 +29,7 @@ def random_student(backbone: Backbone, kind: str = "trigram", lower: int = 2, se
     student = SkipStudent(backbone, SkipShape(kind=kind, skipped=1, lower=lower, upper=(last,)), sinks)
     with torch.no_grad():
         for name, parameter in student.named_parameters():
-            if not name.startswith(("upper", "word")):
+            if not name.startswith(("upper", "lower.word")):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return student.eval()
 
@@ -59,17 +59,24 @@ def test_a_folder_computes_what_the_student_computed(
 
     local = LocalLayers(Encoder(backbone.config, backbone.weights, torch.float32, CPU), skip)
     batch = batch_of([5, 1, 9, 2], source.config.vocab_size)
-    lengths = batch.mask.sum(1).numpy()
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
-    keys = ngram_keys(batch.token_ids[batch.mask].numpy(), cu_seqlens)
-    rows = local.encode(keys if kind == "trigram" else keys & np.uint64(((1 << 21) - 1) << 21))
-    merged = torch.empty(len(keys), source.config.hidden_size)
-    merge_rows(rows, torch.from_numpy(cu_seqlens).int(), out=merged)
-    positions = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))
-    types = batch.type_ids[batch.mask].clamp(max=skip.config.type_vocab_size - 1)
+    texts = [
+        [row[mask].tolist() for row, mask in zip(ids, batch.mask, strict=True)]
+        for ids in (batch.token_ids, batch.type_ids)
+    ]
+    tokens = Tokens.of(*texts, skip.config)
     with torch.no_grad():
         expected = student(batch)[0][batch.mask]
-    torch.testing.assert_close(local.enter(merged, positions, types), expected, atol=1e-5, rtol=1e-5)
+    entered, computed = local.enter(Entry.computed(tokens))
+    torch.testing.assert_close(entered, expected, atol=1e-5, rtol=1e-5)
+
+    # every other n-gram is stored
+    distinct, which = np.unique(tokens.keys, return_inverse=True)
+    there = np.arange(len(distinct)) % 2 == 0
+    stored = torch.zeros(len(tokens), source.config.hidden_size)
+    add_views(computed, np.where(there[which], which, -1), tokens.cu_seqlens, out=stored)
+    missing = np.cumsum(~there) - 1
+    entry = Entry(tokens, stored, distinct[~there], np.where(there[which], -1, missing[which]))
+    torch.testing.assert_close(local.enter(entry)[0], expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("path", ["exact", "backoff"])

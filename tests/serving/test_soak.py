@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from runtime.entities import find_entities
-from runtime.store import Upload
+from runtime.versions import Upload
 from tests.random_tenants import DELTA_KINDS, HEADS
 from tests.serving.helpers import Dense, softmax, until
 from tests.tiny import PAIRS, TEXTS

@@ -3,7 +3,8 @@
 import random
 import sys
 
-from runtime.store import ModuleFacts, TenantStore
+from runtime.store import TenantStore
+from runtime.versions import ModuleFacts
 
 folder, seed = sys.argv[1], int(sys.argv[2])
 chance = random.Random(seed)

@@ -10,7 +10,8 @@ import pytest
 from runtime.blobs import digest_of
 from runtime.catalogue import explained
 from runtime.errors import StoreFull
-from runtime.store import ModuleFacts, TenantStore, Upload
+from runtime.store import TenantStore
+from runtime.versions import ModuleFacts, Upload
 from vbert.errors import ConfigError, CorruptFile, Overloaded
 
 FACTS = ModuleFacts(fingerprint="sha256:0", task="embed")

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.store import ModuleFacts, TenantStore
+from runtime.store import TenantStore
+from runtime.versions import ModuleFacts
 from vbert.errors import BadRequest
 
 FACTS = ModuleFacts(fingerprint="sha256:0", task="embed")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime.store import ModuleFacts, TenantStore
+from runtime.store import TenantStore
+from runtime.versions import ModuleFacts
 
 ROOT = Path(__file__).parents[2]
 FACTS = ModuleFacts(fingerprint="sha256:0", task="embed")
@@ -45,7 +46,8 @@ def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path):
 
 WRITER = """
 import sys
-from runtime.store import ModuleFacts, TenantStore
+from runtime.store import TenantStore
+from runtime.versions import ModuleFacts
 folder, me = sys.argv[1:]
 facts = ModuleFacts(fingerprint="sha256:0", task="embed")
 with TenantStore(folder) as store:

@@ -8,7 +8,8 @@ import pytest
 
 from runtime.errors import Draining, VersionConflict
 from runtime.registrar import Registrar
-from runtime.store import ModuleFacts, TenantStore, Upload
+from runtime.store import TenantStore
+from runtime.versions import ModuleFacts, Upload
 
 FACTS = ModuleFacts(fingerprint="sha256:0", task="embed")
 

@@ -7,7 +7,8 @@ import pytest
 
 from runtime.blobs import digest_of
 from runtime.errors import InvalidTenantId, VersionConflict
-from runtime.store import ModuleFacts, TenantStore, Upload, check_tenant_id
+from runtime.store import TenantStore, check_tenant_id
+from runtime.versions import ModuleFacts, Upload
 from vbert.errors import BadRequest, UnknownTenant
 
 FACTS = ModuleFacts(

@@ -16,7 +16,19 @@ from numpy.typing import NDArray
 
 from vbert.errors import ShapeError
 
-__all__ = ["CODE_BITS", "MAX_TOKEN_ID", "build_index", "find_rows", "insert_key", "look_up", "ngram_keys", "parts_of", "places_for", "remove_key"]
+__all__ = [
+    "CODE_BITS",
+    "MAX_TOKEN_ID",
+    "build_index",
+    "find_rows",
+    "insert_key",
+    "look_up",
+    "ngram_keys",
+    "parts_of",
+    "places_for",
+    "remove_key",
+    "shortened",
+]
 
 CODE_BITS = 21
 MAX_TOKEN_ID = (1 << CODE_BITS) - 2
@@ -42,6 +54,13 @@ def parts_of(keys: Keys) -> NDArray[np.int64]:
     mask = np.uint64((1 << CODE_BITS) - 1)
     codes = [(keys >> np.uint64(shift)) & mask for shift in (2 * CODE_BITS, CODE_BITS, 0)]
     return np.stack(codes, 1).astype(np.int64) - 1
+
+
+def shortened(keys: Keys, tokens: int | NDArray[np.int64]) -> Keys:
+    """[n] the keys of what stands in for n-grams: of 2 tokens, without the left one, or of 1, the centre. 3: itself."""
+    masks = np.array([0, _CENTRE, _RIGHT, ~np.uint64(0)], np.uint64)
+    out: Keys = keys & masks[tokens]
+    return out
 
 
 def places_for(num_keys: int) -> int:

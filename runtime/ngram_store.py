@@ -1,0 +1,259 @@
+"""Which n-grams of a batch are stored, and by which path each of its sequences goes on from there.
+
+Stored are those of tables (files, the tables of a domain before the general one) and those that were computed before
+and came again (a cache in memory). The path of a sequence follows from its own n-grams and what its tenant may use,
+never from the others of its batch:
+
+- *exact*: whole n-grams, looked up or computed; when nothing is missing it costs next to nothing;
+- *backoff*: nothing is computed: a missing n-gram is replaced by its right bi-gram, its centre, or nothing;
+- *compute*: as exact, and nothing is looked up; *plain*: all lower layers, as without a skip part.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vbert.entry import Entry, Tokens
+from vbert.ngram.cache import NgramCache
+from vbert.ngram.index import Keys, Rows, shortened
+from vbert.packing import SequenceInput
+from vbert.skip import SLOTS, SkipConfig
+
+__all__ = ["NgramCounters", "NgramStore", "PathCosts", "Routed", "Skipped"]
+
+
+class _Source(Protocol):
+    """A table or the cache."""
+
+    def find(self, keys: Keys) -> Rows: ...
+    def add_views(self, rows: Rows, cu_seqlens: NDArray[np.int64], out: Tensor) -> None: ...
+
+
+@dataclass(slots=True)
+class NgramCounters:
+    """Since the start. trigrams, bigrams, unigrams, nothing: tokens of sequences that skipped, by what was found.
+    computed: n-grams; inserted, evicted: of the cache."""
+
+    trigrams: int = 0
+    bigrams: int = 0
+    unigrams: int = 0
+    nothing: int = 0
+    computed: int = 0
+    inserted: int = 0
+    evicted: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PathCosts:
+    """Seconds, of a sequence alone and at the margin of a large batch. plain: of tokens; local: of missing n-grams."""
+
+    plain_alone: Callable[[int], float]
+    plain_margin: Callable[[int], float]
+    local_alone: Callable[[int], float]
+    local_margin: Callable[[int], float]
+
+    def exact_pays(self, tokens: int, missing: int) -> bool:
+        """Whether computing so many n-grams is cheaper than the plain lower layers of so many tokens."""
+        if not missing:
+            return True
+        alone = self.local_alone(missing) < self.plain_alone(tokens)
+        return alone and self.local_margin(missing) < self.plain_margin(tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """The sequences of a batch that skip, ascending, and what enters for them. may_keep: [m] whether each missing
+    n-gram is worth a place in the cache."""
+
+    indices: list[int]
+    entry: Entry
+    may_keep: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """paths: [B], what each sequence takes: one of its own. The rest is about candidates, those that may skip: which
+    they are, their tokens, and for each token which source has its n-gram, in which row, of how many tokens."""
+
+    paths: list[str]
+    candidates: list[int]
+    tokens: Tokens
+    sources: Sequence[_Source]
+    source: NDArray[np.int8]
+    row: Rows
+    kept: NDArray[np.int64]
+
+
+class NgramStore:
+    """Any thread may route, skip and insert; between `route` and `skip` hold `lock`."""
+
+    def __init__(
+        self,
+        config: SkipConfig,
+        width: int,
+        *,
+        tables: Mapping[str, Sequence[_Source]],
+        cache_bytes: int,
+        costs: PathCosts,
+    ) -> None:
+        """tables: by domain, those asked first at the front; the domain "" holds what is asked for all. Raises
+        ConfigError for a cache that holds nothing."""
+        self.config, self._width, self._costs = config, width, costs
+        self._cache = NgramCache(cache_bytes, width) if cache_bytes else None
+        last: list[_Source] = [*tables.get("", ()), *([] if self._cache is None else [self._cache])]
+        self._sources = {domain: [*own, *last] for domain, own in tables.items() if domain} | {"": last}
+        self.counters = NgramCounters()
+        self.lock = threading.RLock()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the cache. Tables are mapped files, whose pages the system keeps and drops."""
+        return 0 if self._cache is None else self._cache.num_bytes
+
+    def route(self, sequences: Sequence[SequenceInput]) -> Routed | None:
+        """Choose the path of each sequence; None: all are plain."""
+        candidates = [i for i, s in enumerate(sequences) if s.paths != ("plain",)]
+        if not candidates:
+            return None
+        sources = self._all_sources(sequences, candidates)
+        tokens = Tokens.of(
+            [sequences[i].token_ids for i in candidates], [sequences[i].type_ids for i in candidates], self.config
+        )
+        total = len(tokens)
+        routed = Routed(
+            paths=["plain"] * len(sequences),
+            candidates=candidates,
+            tokens=tokens,
+            sources=sources,
+            source=np.full(total, -1, np.int8),
+            row=np.full(total, -1, np.int64),
+            kept=np.zeros(total, np.int64),
+        )
+        asks = [set(sequences[i].paths) & {"exact", "backoff"} != set() for i in candidates]
+        self._look_up(routed, sequences, np.array(asks), SLOTS)
+        for n, i in enumerate(candidates):
+            here = slice(tokens.cu_seqlens[n], tokens.cu_seqlens[n + 1])
+            routed.paths[i] = self._path(sequences[i].paths, tokens.keys[here], routed.kept[here])
+        backing_off = np.array([routed.paths[i] == "backoff" for i in candidates])
+        for length in (2, 1) if backing_off.any() else ():
+            self._look_up(routed, sequences, backing_off, length)
+        return routed
+
+    def skip(self, routed: Routed, leave_out: Sequence[int] = (), *, pin: bool = False) -> Skipped | None:
+        """What enters for the candidates that do not go the plain way, but for those left out; None: there are none.
+        pin: rows for a copy to a GPU."""
+        out = set(leave_out)
+        chosen = np.array([routed.paths[i] != "plain" and i not in out for i in routed.candidates])
+        if not chosen.any():
+            return None
+        lengths = np.diff(routed.tokens.cu_seqlens)
+        mine = np.repeat(chosen, lengths)
+        tokens = Tokens(
+            keys=routed.tokens.keys[mine],
+            types=routed.tokens.types[mine],
+            positions=routed.tokens.positions[mine],
+            cu_seqlens=np.concatenate([[0], np.cumsum(lengths[chosen])]),
+        )
+        source, row, kept = routed.source[mine], routed.row[mine], routed.kept[mine]
+        paths = [routed.paths[i] for i, taken in zip(routed.candidates, chosen, strict=True) if taken]
+        computes = np.repeat([path != "backoff" for path in paths], lengths[chosen])
+        stores = np.repeat([path == "exact" for path in paths], lengths[chosen])
+        short = np.repeat([path == "shortened" for path in paths], lengths[chosen])
+        keys = (
+            shortened(tokens.keys, np.where(short, SLOTS - tokens.positions % SLOTS, SLOTS))
+            if short.any()
+            else tokens.keys
+        )
+        rows = torch.zeros(len(tokens), self._width, pin_memory=pin) if (source >= 0).any() else None
+        for number, each in enumerate(routed.sources):
+            if (here := source == number).any() and rows is not None:
+                each.add_views(np.where(here, row, -1), tokens.cu_seqlens, rows)
+        to_compute = computes & (source < 0)
+        missing, inverse = np.unique(keys[to_compute], return_inverse=True)
+        which = np.full(len(tokens), -1, np.int64)
+        which[to_compute] = inverse
+        self._count(kept, computes, len(missing))
+        may_keep = np.zeros(len(missing), np.bool_)
+        if self._cache is not None and len(missing):
+            may_keep[inverse[stores[to_compute]]] = True
+            may_keep &= self._cache.worth_keeping(missing)
+        return Skipped(
+            [i for i, taken in zip(routed.candidates, chosen, strict=True) if taken],
+            Entry(replace(tokens, keys=keys), rows, missing, which),
+            may_keep,
+        )
+
+    def insert(self, skipped: Skipped, rows: Tensor) -> None:
+        """Keep what is worth it of the computed n-grams. rows: [m, 3, H] of `entry.missing`, host memory."""
+        if self._cache is None or not skipped.may_keep.any():
+            return
+        kept = torch.from_numpy(np.flatnonzero(skipped.may_keep))
+        with self.lock:
+            before = len(self._cache)
+            evicted = self._cache.insert(skipped.entry.missing[skipped.may_keep], rows[kept])
+            self.counters.inserted += len(self._cache) - before + evicted
+            self.counters.evicted += evicted
+
+    def forget(self) -> None:
+        """Drop what was computed: a batch failed, and it may be why."""
+        if self._cache is not None:
+            with self.lock:
+                self._cache.clear()
+
+    # ---- under the lock ----------------------------------------------------------------------------------------------
+
+    def _all_sources(self, sequences: Sequence[SequenceInput], candidates: Sequence[int]) -> list[_Source]:
+        """Those of every domain of the batch, each once."""
+        found: dict[int, _Source] = {}
+        for domain in dict.fromkeys(sequences[i].domain for i in candidates):
+            found |= {id(source): source for source in self._sources.get(domain, self._sources[""])}
+        return list(found.values())
+
+    def _look_up(
+        self, routed: Routed, sequences: Sequence[SequenceInput], asks: NDArray[np.bool_], length: int
+    ) -> None:
+        """n-grams of so many tokens, for those of the candidates that ask, where nothing was found yet."""
+        lengths = np.diff(routed.tokens.cu_seqlens)
+        domains = [sequences[i].domain for i in routed.candidates]
+        for domain in dict.fromkeys(domains):
+            wanted = np.repeat(asks & np.array([each == domain for each in domains]), lengths)
+            for source in self._sources.get(domain, self._sources[""]):
+                left = np.flatnonzero(wanted & (routed.kept == 0))
+                if not len(left):
+                    break
+                keys = routed.tokens.keys[left]
+                rows = source.find(keys if length == SLOTS else shortened(keys, length))
+                there = rows >= 0
+                hit = left[there]
+                routed.row[hit], routed.kept[hit] = rows[there], length
+                routed.source[hit] = next(n for n, each in enumerate(routed.sources) if each is source)
+
+    def _path(self, allowed: tuple[str, ...], keys: Keys, kept: NDArray[np.int64]) -> str:
+        """The cheapest of the paths allowed. keys, kept: of one sequence."""
+        if len(allowed) == 1:
+            return allowed[0]
+        absent = kept == 0
+        if "exact" in allowed and not absent.any():
+            return "exact"
+        if "backoff" in allowed:
+            return "backoff"
+        missing = len(np.unique(keys[absent]))
+        if "exact" in allowed and ("plain" not in allowed or self._costs.exact_pays(len(keys), missing)):
+            return "exact"
+        return "plain" if "plain" in allowed else allowed[0]
+
+    def _count(self, kept: NDArray[np.int64], computes: NDArray[np.bool_], computed: int) -> None:
+        found = np.bincount(kept, minlength=SLOTS + 1)
+        self.counters.trigrams += int(found[3])
+        self.counters.bigrams += int(found[2])
+        self.counters.unigrams += int(found[1])
+        self.counters.nothing += int(((kept == 0) & ~computes).sum())
+        self.counters.computed += computed

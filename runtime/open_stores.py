@@ -1,0 +1,96 @@
+"""The stores of what lower layers give, opened as the configuration says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from runtime.config import EngineConfig
+from runtime.cost import CostModel
+from runtime.lower_stores import LowerStores
+from runtime.ngram_store import NgramStore, PathCosts
+from runtime.paths import table_files
+from runtime.sequence_store import SequenceStore
+from vbert.errors import ConfigError
+from vbert.formats.transformers_folder import Backbone
+from vbert.model import Model
+from vbert.ngram.table import NgramTable
+from vbert.skip import SLOTS, SkipConfig
+
+__all__ = ["open_stores"]
+
+_ALONE_ROWS = 16  # a few rows take as long as so many: weights are read once in any case
+
+
+def open_stores(config: EngineConfig, backbone: Backbone, model: Model, cost: CostModel | None) -> LowerStores:
+    """Raises ConfigError, and what opening a table raises."""
+    return LowerStores(_sequence_store(config, model), _ngram_store(config, backbone, model, cost))
+
+
+def _sequence_store(config: EngineConfig, model: Model) -> SequenceStore | None:
+    skip = None if model.local is None else model.local.config
+    layer = config.sequence_layer or (skip.first_layer if skip else max(1, model.config.num_layers // 2))
+    if not config.sequence_store_bytes:
+        if config.sequence_disk_bytes:
+            raise ConfigError("sequence_disk_bytes is the second tier of a sequence store; give sequence_store_bytes")
+        return None
+    if not 1 <= layer <= model.config.num_layers:
+        raise ConfigError(
+            f"sequence_layer is {layer}; the backbone has {model.config.num_layers} layers that see whole texts"
+        )
+    if skip is not None and layer != skip.first_layer:
+        raise ConfigError(
+            f"sequence_layer is {layer}, and this backbone skips to layer {skip.first_layer}; leave sequence_layer out"
+        )
+    try:
+        return SequenceStore(
+            layer=layer,
+            width=model.config.hidden_size,
+            dtype=model.dtype,
+            fingerprint=model.fingerprint,
+            num_bytes=config.sequence_store_bytes,
+            disk_bytes=config.sequence_disk_bytes,
+            disk=Path(config.store),
+        )
+    except (OSError, RuntimeError, MemoryError) as error:
+        raise ConfigError(
+            f"sequence_store_bytes {config.sequence_store_bytes} of memory and sequence_disk_bytes "
+            f"{config.sequence_disk_bytes} in {config.store} are not to be had ({error}); lower them"
+        ) from error
+
+
+def _ngram_store(config: EngineConfig, backbone: Backbone, model: Model, cost: CostModel | None) -> NgramStore | None:
+    files, skip = table_files(config.ngrams), backbone.skip
+    if skip is None:
+        if files or config.ngram_cache_bytes:
+            raise ConfigError(
+                f"{backbone.folder} has no local layers, and n-grams are of no use to it; leave ngrams and "
+                "ngram_cache_bytes out, or give the folder of a skip backbone"
+            )
+        return None
+    width = model.config.hidden_size
+    tables = {domain: [NgramTable(path, skip.base) for path in paths] for domain, paths in files.items()}
+    for table in (table for every in tables.values() for table in every):
+        if table.width != width:
+            raise ConfigError(f"{table.path} has rows of {table.width} numbers, the backbone of {width}")
+    costs = _costs(skip.config, model.config.num_layers, cost)
+    return NgramStore(skip.config, width, tables=tables, cache_bytes=config.ngram_cache_bytes, costs=costs)
+
+
+def _costs(skip: SkipConfig, num_layers: int, cost: CostModel | None) -> PathCosts:
+    """From the profile; without one, rows times layers, a few rows taking as long as `_ALONE_ROWS`."""
+    share = skip.first_layer / num_layers
+    if cost is None:
+        return PathCosts(
+            plain_alone=lambda tokens: max(_ALONE_ROWS, tokens) * skip.first_layer,
+            plain_margin=lambda tokens: tokens * skip.first_layer,
+            local_alone=lambda missing: max(_ALONE_ROWS, SLOTS * missing) * skip.local_layers,
+            local_margin=lambda missing: SLOTS * missing * skip.local_layers,
+        )
+    many = 4096
+    per_token, per_ngram = cost.forward_s(many) * share / many, cost.local_s(many) / many
+    return PathCosts(
+        plain_alone=lambda tokens: cost.forward_s(tokens, tokens) * share,
+        plain_margin=lambda tokens: tokens * per_token,
+        local_alone=cost.local_s,
+        local_margin=lambda missing: missing * per_ngram,
+    )
