@@ -22,6 +22,7 @@ _COMMANDS = {
     "serve": "serve the tenants of a store over HTTP",
     "tenants": "add, list, switch and remove tenants",
     "train": "train a tenant on a frozen backbone from jsonl",
+    "distill": "make a skip backbone of a plain one, or adapt one to a domain",
     "profile": "measure what this machine takes for what a server does",
     "bench": "run a benchmark by name; its own flags follow",
     "keys": "make an API key for `vbert serve --keys FILE`",

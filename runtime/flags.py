@@ -46,9 +46,10 @@ def _parsing(each: Field[Any]) -> dict[str, Any]:
     """How argparse reads the value. Values are checked by the config itself, whatever they came from."""
     kind = str if each.default is None else type(each.default)
     if kind is tuple:
-        return {"type": lambda text: tuple(text.split(",")), "metavar": _METAVARS[tuple]}
+        of = each.metadata.get("of", str)
+        return {"type": lambda text: tuple(of(part) for part in text.split(",")), "metavar": _METAVARS[tuple]}
     return {"type": kind, "metavar": _METAVARS[kind]}
 
 
 def _shown(value: Any) -> str:
-    return ",".join(value) if isinstance(value, tuple) else str(value)
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -183,8 +183,8 @@ class NgramStore:
         self._count(kept, computes, len(missing))
         may_keep = np.zeros(len(missing), np.bool_)
         if self._cache is not None and len(missing):
-            may_keep[inverse[stores[to_compute]]] = True
-            may_keep &= self._cache.worth_keeping(missing)
+            asked = np.unique(inverse[stores[to_compute]])  # the others may not be stored, nor remembered as seen
+            may_keep[asked] = self._cache.worth_keeping(missing[asked])
         return Skipped(
             [i for i, taken in zip(routed.candidates, chosen, strict=True) if taken],
             Entry(replace(tokens, keys=keys), rows, missing, which),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,25 +19,25 @@ _FROZEN_BATCH = 64
 
 
 class Dataset:
-    """Examples in the order given. `rows`: what the frozen layers make of each, [n, H]; None: not kept."""
+    """Examples in the order given. `rows`: by path, what the frozen layers make of each, [n, H]; empty: not kept."""
 
-    def __init__(self, examples: Sequence[Example], rows: Sequence[Tensor] | None = None) -> None:
-        self.examples, self.rows = examples, rows
+    def __init__(self, examples: Sequence[Example], rows: Mapping[str, Sequence[Tensor]] | None = None) -> None:
+        self.examples, self.rows = examples, rows or {}
         self.lengths = [len(example.token_ids) for example in examples]
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def batch(self, indices: Sequence[int], device: torch.device) -> tuple[PaddedBatch, Tensor]:
+    def batch(self, indices: Sequence[int], device: torch.device, path: str = "plain") -> tuple[PaddedBatch, Tensor]:
         """Inputs and targets, padded: targets are [B], or [B, n] with IGNORED at padding."""
         examples = [self.examples[i] for i in indices]
         target = _padded([example.target for example in examples], device, IGNORED)
-        if self.rows is not None:
-            rows = [self.rows[i] for i in indices]
+        if path in self.rows:
+            rows = [self.rows[path][i] for i in indices]
             return PaddedBatch(mask=_mask(rows, device), rows=_padded(rows, device)), target
         ids, types = [example.token_ids for example in examples], [example.type_ids for example in examples]
-        batch = PaddedBatch(mask=_mask(ids, device), token_ids=_padded(ids, device), type_ids=_padded(types, device))
-        return batch, target
+        padded = {"token_ids": _padded(ids, device), "type_ids": _padded(types, device)}
+        return PaddedBatch(mask=_mask(ids, device), path=path, **padded), target
 
     def by_length(self, batch_size: int) -> list[list[int]]:
         """All examples once, shortest first."""
@@ -54,16 +54,20 @@ class Dataset:
 
     def frozen(self, model: TenantModel, max_bytes: int, progress: Progress = silent) -> Dataset:
         """With the rows below the lowest delta computed once; the same data set where they would exceed `max_bytes`."""
-        num_rows = len(self) if model.pools_first else sum(self.lengths)
-        if model.lowest_layer < 1 or num_rows * model.config.hidden_size * 4 > max_bytes:
+        num_rows = (len(self) if model.pools_first else sum(self.lengths)) * len(model.paths)
+        lowest = 0 if model.paths != ("plain",) else 1  # looking n-grams up is work, embedding words is none
+        if model.lowest_layer < lowest or num_rows * model.config.hidden_size * 4 > max_bytes:
             return self
-        rows: dict[int, Tensor] = {}
-        for indices in self.by_length(_FROZEN_BATCH):
-            batch = model.frozen_rows(self.batch(indices, model.device)[0])
-            assert batch.rows is not None
-            rows |= {i: states[mask].cpu() for i, states, mask in zip(indices, batch.rows, batch.mask, strict=True)}
-            progress("layers below", len(rows), len(self))
-        return Dataset(self.examples, [rows[i] for i in range(len(self))])
+        kept: dict[str, list[Tensor]] = {}
+        for path in model.paths:
+            rows: dict[int, Tensor] = {}
+            for indices in self.by_length(_FROZEN_BATCH):
+                batch = model.frozen_rows(self.batch(indices, model.device, path)[0])
+                assert batch.rows is not None
+                rows |= {i: states[mask].cpu() for i, states, mask in zip(indices, batch.rows, batch.mask, strict=True)}
+                progress("layers below", len(kept) * len(self) + len(rows), len(model.paths) * len(self))
+            kept[path] = [rows[i] for i in range(len(self))]
+        return Dataset(self.examples, kept)
 
 
 def _padded(tensors: Sequence[Tensor], device: torch.device, padding: int = 0) -> Tensor:

@@ -14,6 +14,8 @@ from training.model import TenantModel
 from vbert.config import EMBEDDING_LAYER, LINEAR_SITES, EncoderConfig
 from vbert.errors import ConfigError
 from vbert.formats.transformers_folder import Backbone
+from vbert.skip import own_paths
+from vbert.tenant import PATHS
 
 __all__ = ["build_model"]
 
@@ -28,7 +30,19 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         head = _head(config, backbone, labels, targets)
-        return TenantModel(backbone, _deltas(config, backbone), head)
+        deltas, paths = _deltas(config, backbone), tenant_paths(config, backbone)
+        return TenantModel(backbone, deltas, head, paths=paths, backoff_share=config.backoff_share)
+
+
+def tenant_paths(config: TrainConfig, backbone: Backbone) -> tuple[str, ...]:
+    """Those to be learnt. Raises ConfigError for one that the backbone does not have."""
+    skip = backbone.skip
+    have = ("plain",) if skip is None else PATHS if skip.config.first_layer else PATHS[1:]
+    if bad := [path for path in config.paths if path not in have]:
+        raise ConfigError(
+            f"the backbone has no path {bad[0]}, it has {', '.join(have)}; give one of these", param="paths"
+        )
+    return tuple(path for path in PATHS if path in config.paths) or own_paths(skip)
 
 
 def _head(config: TrainConfig, backbone: Backbone, labels: tuple[str, ...], targets: Sequence[float]) -> TrainableHead:
@@ -53,7 +67,13 @@ def _deltas(config: TrainConfig, backbone: Backbone) -> list[TrainableDelta]:
         raise ConfigError(
             f"top_layers is {config.top_layers} and the backbone has {encoder.num_layers} layers; give at most that"
         )
-    layers = range(encoder.num_layers - (config.top_layers or encoder.num_layers), encoder.num_layers)
+    first = _first_layer(config, backbone)
+    if encoder.num_layers - config.top_layers < first:
+        raise ConfigError(
+            f"top_layers is {config.top_layers}, and a tenant that skips the lower {first} of {encoder.num_layers} "
+            f"layers has deltas above them only; give at most {encoder.num_layers - first}"
+        )
+    layers = range(encoder.num_layers - config.top_layers if config.top_layers else first, encoder.num_layers)
     match config.method:
         case "lora":
             return [_low_rank(config, encoder, i, site) for i in layers for site in config.targets]
@@ -63,6 +83,12 @@ def _deltas(config: TrainConfig, backbone: Backbone) -> list[TrainableDelta]:
             return _bitfit(backbone, layers)
         case _:
             return []
+
+
+def _first_layer(config: TrainConfig, backbone: Backbone) -> int:
+    """The lowest layer that may have a delta."""
+    skips = tenant_paths(config, backbone) != ("plain",)
+    return backbone.skip.config.first_layer if skips and backbone.skip is not None else 0
 
 
 def _low_rank(config: TrainConfig, encoder: EncoderConfig, layer: int, site: str) -> LowRankDelta:
@@ -77,7 +103,7 @@ def _bitfit(backbone: Backbone, layers: range) -> list[TrainableDelta]:
     """Every bias of the layers; that of the embeddings' LayerNorm too when all layers are tuned."""
     shifts = [ShiftDelta(backbone.config, i, site) for i in layers for site in LINEAR_SITES]
     norms = [(i, site, f"layers.{i}.{site}") for i in layers for site in ("attn_norm", "ffn_norm")]
-    if len(layers) == backbone.config.num_layers:
+    if len(layers) == backbone.config.num_layers and own_paths(backbone.skip) == ("plain",):
         norms.append((EMBEDDING_LAYER, "emb_norm", "emb_norm"))
     shared = {name: (backbone.weights[f"{name}.weight"], backbone.weights[f"{name}.bias"]) for *_, name in norms}
     return [*shifts, *(NormBiasDelta(layer, site, shared[name]) for layer, site, name in norms)]

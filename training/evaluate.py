@@ -28,9 +28,9 @@ def main_metric(task: str, labels: Sequence[str]) -> str:
     return "spearman" if task == "regression" else "accuracy"
 
 
-def evaluate(model: TenantModel, data: Dataset) -> dict[str, float]:
-    """All metrics of the model's task, by name."""
-    outputs, labels = predict(model, data), model.head.labels
+def evaluate(model: TenantModel, data: Dataset, path: str = "plain") -> dict[str, float]:
+    """All metrics of the model's task, by name. path: one of the model's."""
+    outputs, labels = predict(model, data, path), model.head.labels
     if model.head.problem == "regression":
         numbers, gold = [float(output) for output in outputs], [float(example.target) for example in data.examples]
         return {"pearson": pearson(numbers, gold), "spearman": spearman(numbers, gold)}
@@ -45,12 +45,12 @@ def evaluate(model: TenantModel, data: Dataset) -> dict[str, float]:
 
 
 @torch.no_grad()
-def predict(model: TenantModel, data: Dataset) -> list[Tensor]:
+def predict(model: TenantModel, data: Dataset, path: str = "plain") -> list[Tensor]:
     """Head outputs of each example in order, on the host: [C], or [n, C] of a token head."""
     model.eval()
     outputs: dict[int, Tensor] = {}
     for indices in data.by_length(_BATCH):
-        for i, output in zip(indices, model(data.batch(indices, model.device)[0]).cpu(), strict=True):
+        for i, output in zip(indices, model(data.batch(indices, model.device, path)[0]).cpu(), strict=True):
             outputs[i] = output[: data.lengths[i]] if model.head.kind == "token_classify" else output
     return [outputs[i] for i in range(len(data))]
 

@@ -20,7 +20,7 @@ from vbert.formats.tensors import read_json
 from vbert.formats.transformers_folder import Backbone, fingerprint
 from vbert.skip import SLOTS, SkipConfig
 
-__all__ = ["skip_weights", "write_folder"]
+__all__ = ["skip_weights", "student_name", "write_folder"]
 
 _OTHER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"),
@@ -137,7 +137,7 @@ def _config_json(encoder: EncoderConfig, kind: str, name: str) -> dict[str, obje
     }
 
 
-def skip_name(source: Backbone, student: SkipStudent) -> str:
+def student_name(source: Backbone, student: SkipStudent) -> str:
     """What the folder's model is called unless the operator says otherwise."""
     raw = read_json(source.folder / "config.json")
     whole = str(raw.get("_name_or_path") or source.folder.name).rstrip("/").split("/")[-1]

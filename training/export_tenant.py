@@ -16,6 +16,7 @@ import torch
 from training.data import Example
 from training.model import PaddedBatch, TenantModel
 from vbert.checkpoint import write_tenant
+from vbert.formats.transformers_folder import Backbone
 from vbert.tenant import SelfTest, TenantModule
 
 __all__ = ["NUM_SELF_TESTS", "export", "self_tests", "write"]
@@ -23,11 +24,14 @@ __all__ = ["NUM_SELF_TESTS", "export", "self_tests", "write"]
 NUM_SELF_TESTS = 4
 
 
-def export(model: TenantModel, fingerprint: str, examples: Sequence[Example], source: dict[str, Any]) -> TenantModule:
+def export(model: TenantModel, backbone: Backbone, examples: Sequence[Example], source: dict[str, Any]) -> TenantModule:
     """The tenant of a trained model, which is moved to the CPU; `examples` are those to choose self-tests from."""
     model.cpu().eval()
+    skip = backbone.skip if model.paths != ("plain",) else None
     return TenantModule(
-        backbone_fingerprint=fingerprint,
+        backbone_fingerprint=backbone.fingerprint if skip is None or "plain" in model.paths else skip.fingerprint,
+        paths=model.paths,
+        skip_fingerprint="" if skip is None else skip.fingerprint,
         deltas=tuple(delta.export() for delta in model.trainables),
         head=model.head.export(),
         self_tests=self_tests(model, examples),
@@ -37,17 +41,24 @@ def export(model: TenantModel, fingerprint: str, examples: Sequence[Example], so
 
 @torch.no_grad()
 def self_tests(model: TenantModel, examples: Sequence[Example]) -> tuple[SelfTest, ...]:
-    """Up to NUM_SELF_TESTS examples spread over the lengths, with the model's own outputs in fp32."""
+    """Up to NUM_SELF_TESTS examples spread over the lengths, with the model's own outputs in fp32, for each path."""
     ordered = sorted(examples, key=lambda example: len(example.token_ids))
     last = max(1, min(NUM_SELF_TESTS, len(ordered)) - 1)
     chosen = {round(i * (len(ordered) - 1) / last) for i in range(last + 1)}
-    return tuple(_self_test(model, ordered[i]) for i in sorted(chosen))
+    return tuple(_self_test(model, ordered[i], path) for path in model.paths for i in sorted(chosen))
 
 
-def _self_test(model: TenantModel, example: Example) -> SelfTest:
+def _self_test(model: TenantModel, example: Example, path: str) -> SelfTest:
     token_ids, type_ids = example.token_ids[None], example.type_ids[None]
-    batch = PaddedBatch(mask=torch.ones_like(token_ids, dtype=torch.bool), token_ids=token_ids, type_ids=type_ids)
-    return SelfTest(token_ids=example.token_ids, type_ids=example.type_ids, expected=model(batch)[0].clone())
+    batch = PaddedBatch(
+        mask=torch.ones_like(token_ids, dtype=torch.bool),
+        token_ids=token_ids,
+        type_ids=type_ids,
+        path=path,
+        kept=3 - torch.arange(token_ids.shape[1])[None] % 3 if path == "backoff" else None,
+    )
+    expected = model(batch)[0].clone()
+    return SelfTest(token_ids=example.token_ids, type_ids=example.type_ids, expected=expected, path=path)
 
 
 def write(module: TenantModule, path: Path) -> int:

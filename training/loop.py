@@ -48,6 +48,8 @@ def fit(
 ) -> FitReport:
     """Train in place; the model is left in the state of the epoch with the highest dev metric (the first of equals).
 
+    A model of several paths takes one of them at random in each step.
+
     The same model state, data and settings give the same result on the same machine and thread count: order and
     dropout come from `settings.seed`, and the caller's random state is left as it was.
     """
@@ -63,7 +65,8 @@ def fit(
             model.train()
             total = 0.0
             for batch_idx, indices in enumerate(train.shuffled(settings.batch_size, generator)):
-                total += _step(model, train, indices, optimizer, schedule, settings) * len(indices)
+                path = model.paths[int(torch.randint(len(model.paths), (), generator=generator))]
+                total += _step(model, train, indices, path, optimizer, schedule, settings) * len(indices)
                 done = epoch * (num_steps // settings.epochs) + batch_idx + 1
                 progress(f"training: epoch {epoch + 1}/{settings.epochs}{_shown(losses, metrics)}", done, num_steps)
             losses.append(total / len(train))
@@ -84,11 +87,12 @@ def _step(
     model: TenantModel,
     train: Dataset,
     indices: list[int],
+    path: str,
     optimizer: torch.optim.Optimizer,
     schedule: LambdaLR,
     settings: FitSettings,
 ) -> float:
-    batch, target = train.batch(indices, model.device)
+    batch, target = train.batch(indices, model.device, path)
     loss = _loss(model, model(batch), target, settings.label_smoothing)
     if not torch.isfinite(loss):
         raise ConfigError(f"the loss is {loss.item()} with lr {settings.lr} and head_lr {settings.head_lr}; lower them")

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from training.deltas import BottleneckDelta, TrainableDelta
 from training.head import TrainableHead
+from training.skip_student import Batch, hashed_kept, read_lower
 from vbert.activations import activate
 from vbert.config import EMBEDDING_LAYER
 from vbert.formats.transformers_folder import Backbone
@@ -28,20 +29,35 @@ __all__ = ["PaddedBatch", "TenantModel"]
 class PaddedBatch:
     """B sequences of up to n rows, padded on the right: tokens, or what `frozen_rows` made of them.
 
-    mask: [B, n] bool, True at real rows. token_ids, type_ids: [B, n] int64. rows: [B, n, H].
+    mask: [B, n] bool, True at real rows. token_ids, type_ids: [B, n] int64. rows: [B, n, H]. path: the way that tokens
+    take through the lower layers. kept: [B, n], tokens of each n-gram that `backoff` keeps; None: a share is shortened.
     """
 
     mask: Tensor
     token_ids: Tensor | None = None
     type_ids: Tensor | None = None
     rows: Tensor | None = None
+    path: str = "plain"
+    kept: Tensor | None = None
 
 
 class TenantModel(nn.Module):
     """Its parameters are those of the deltas and the head; the backbone's weights are no part of the state dict."""
 
-    def __init__(self, backbone: Backbone, deltas: Sequence[TrainableDelta], head: TrainableHead) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        deltas: Sequence[TrainableDelta],
+        head: TrainableHead,
+        *,
+        paths: Sequence[str] = ("plain",),
+        backoff_share: float = 0.5,
+    ) -> None:
+        """paths: the ways through the lower layers that it learns. backoff_share: of n-grams shortened on `backoff`."""
         super().__init__()
+        self.paths, self._backoff_share = tuple(paths), backoff_share
+        self._skip = backbone.skip if self.paths != ("plain",) else None
+        self._lower = [] if self.paths == ("plain",) else [read_lower(backbone)]  # a list: no part of the state dict
         self.config, self.weights = backbone.config, backbone.weights
         self.trainables, self.deltas, self.head = tuple(deltas), nn.ModuleList(deltas), head
         self.lowest_layer = min((delta.layer for delta in deltas), default=self.config.num_layers)
@@ -51,6 +67,7 @@ class TenantModel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TenantModel:
         self.weights = {name: fn(weight) for name, weight in self.weights.items()}
+        self._lower = [lower._apply(fn) for lower in self._lower]  # type: ignore[no-untyped-call]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -78,7 +95,8 @@ class TenantModel(nn.Module):
         A pooled sequence is a sequence of one row, which either pooling leaves as it is.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.lowest_layer == EMBEDDING_LAYER):
-            rows, mask = self._layers(self._embed(batch), batch.mask, 0, self.lowest_layer), batch.mask
+            hidden, first = (self._embed(batch), 0) if batch.path == "plain" else self._skipped(batch)
+            rows, mask = self._layers(hidden, batch.mask, first, self.lowest_layer), batch.mask
             if self.pools_first:
                 rows, mask = self.head.pool(rows, mask)[:, None], mask[:, :1]
         return PaddedBatch(rows=rows, mask=mask)
@@ -91,6 +109,17 @@ class TenantModel(nn.Module):
         if "type_embeddings" in self.weights:
             hidden = hidden + self.weights["type_embeddings"][batch.type_ids]
         return self._norm(EMBEDDING_LAYER, "emb_norm", hidden)
+
+    def _skipped(self, batch: PaddedBatch) -> tuple[Tensor, int]:
+        """What the n-grams of a batch give, [B, n, H], and the first layer above them."""
+        assert batch.token_ids is not None
+        assert batch.type_ids is not None
+        assert self._skip is not None
+        tokens, kept = Batch(batch.token_ids, batch.type_ids, batch.mask), batch.kept
+        if batch.path == "backoff" and kept is None:
+            kept = hashed_kept(tokens, self._backoff_share)
+        rows: Tensor = self._lower[0](tokens, kept)
+        return rows, self._skip.config.first_layer
 
     def _position_ids(self, token_ids: Tensor) -> Tensor:
         """0, 1, 2, ...; with an offset as RoBERTa counts: a padding token, also one in a text, gets pad_token_id."""

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vbert.activations import activate
-from vbert.config import LINEAR_SITES, EncoderConfig
+from training.skip_layers import FullLayer, LocalLayer, SinkBlock, WindowLayer
+from vbert.config import EncoderConfig
 from vbert.errors import ConfigError
 from vbert.formats.transformers_folder import Backbone
 
@@ -34,7 +34,9 @@ __all__ = [
     "SkipShape",
     "SkipStudent",
     "Teacher",
+    "hashed_kept",
     "random_kept",
+    "read_lower",
 ]
 
 KINDS = ("trigram", "unigram", "window", "full")
@@ -74,102 +76,6 @@ class Batch:
     token_ids: Tensor
     type_ids: Tensor
     mask: Tensor
-
-
-# ---- layers --------------------------------------------------------------------------------------------------------
-
-
-class _Block(nn.Module):
-    """The weights of one transformer layer. What attends to what is for those that derive from it."""
-
-    def __init__(self, config: EncoderConfig, weights: dict[str, Tensor], layer: int) -> None:
-        super().__init__()
-        self.config = config
-        self.q, self.k, self.v, self.attn_out, self.ffn_up, self.ffn_down = (
-            nn.Linear(config.site_in(site), config.site_out(site)) for site in LINEAR_SITES
-        )
-        self.attn_norm, self.ffn_norm = (nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) for _ in range(2))
-        self.load_state_dict({name: weights[f"layers.{layer}.{name}"] for name in self.state_dict()})
-
-    def heads(self, rows: Tensor) -> Tensor:
-        """[..., n, H] to [..., A, n, D]."""
-        return rows.view(*rows.shape[:-1], self.config.num_heads, self.config.head_size).transpose(-3, -2)
-
-    def close(self, entered: Tensor, context: Tensor) -> Tensor:
-        """The rest of the layer after attention, [..., H]."""
-        hidden = self.attn_norm(entered + self.attn_out(context))
-        wide = activate(self.ffn_up(hidden), self.config.activation)
-        closed: Tensor = self.ffn_norm(hidden + self.ffn_down(wide))
-        return closed
-
-
-class FullLayer(_Block):
-    """Every token sees the whole text."""
-
-    def forward(self, hidden: Tensor, bias: Tensor | None) -> Tensor:
-        """hidden: [B, n, H]; bias: as `_attention_bias` makes it."""
-        q, k, v = (self.heads(site(hidden)) for site in (self.q, self.k, self.v))
-        context = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.close(hidden, context.transpose(1, 2).flatten(2))
-
-    def scores(self, hidden: Tensor) -> Tensor:
-        """[B, A, n, n] before the mask and the softmax."""
-        q, k = self.heads(self.q(hidden)), self.heads(self.k(hidden))
-        return q @ k.transpose(-1, -2) / math.sqrt(self.config.head_size)
-
-
-class _SinkBlock(_Block):
-    """With constant keys and values ("sinks") that stand for the rest of a text: without them few tokens would get all
-    of the attention that the teacher gives to far ones."""
-
-    def __init__(self, config: EncoderConfig, weights: dict[str, Tensor], layer: int, sinks: Tensor) -> None:
-        """sinks: [S, H], states whose keys and values the constants begin with."""
-        super().__init__(config, weights, layer)
-        with torch.no_grad():
-            self.sink_keys, self.sink_values = (nn.Parameter(site(sinks)) for site in (self.k, self.v))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, present: Tensor) -> Tensor:
-        """q: [m, s, H]; k, v: [m, t, H]; present: [m, t] bool. To context [m, s, H]."""
-        m = len(k)
-        k, v = (
-            torch.cat([s.to(k.dtype).expand(m, -1, -1), x], 1) for s, x in ((self.sink_keys, k), (self.sink_values, v))
-        )
-        allowed = torch.cat([present.new_ones(m, len(self.sink_keys)), present], 1)[:, None, None]
-        q, k, v = self.heads(q), self.heads(k), self.heads(v)
-        scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(self.config.head_size)
-        weights = scores.masked_fill(~allowed, -math.inf).softmax(-1)
-        return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
-
-
-class LocalLayer(_SinkBlock):
-    """The slots of an n-gram see each other."""
-
-    def forward(self, hidden: Tensor, present: Tensor) -> Tensor:
-        """hidden: [m, s, H]; present: [m, s] bool."""
-        context = self.attend(self.q(hidden), self.k(hidden), self.v(hidden), present)
-        return self.close(hidden, context)
-
-
-class WindowLayer(_SinkBlock):
-    """The centre of a window sees its tokens, whose keys and values come from the token and its distance alone."""
-
-    def __init__(
-        self, config: EncoderConfig, weights: dict[str, Tensor], layer: int, sinks: Tensor, window: int
-    ) -> None:
-        super().__init__(config, weights, layer, sinks)
-        self.far_keys, self.far_values = (nn.Parameter(torch.zeros(window, config.hidden_size)) for _ in range(2))
-
-    def forward(self, rows: Tensor, inverse: Tensor, mask: Tensor) -> Tensor:
-        """rows: [m, H] of distinct tokens; inverse: [B, n], which of them each token is. To [T, H], without padding."""
-        n, reach = inverse.shape[1], len(self.far_keys) // 2
-        offsets = torch.arange(-reach, reach + 1, device=inverse.device)
-        places = torch.arange(n, device=inverse.device)[:, None] + offsets  # [n, w]
-        inside = (places >= 0) & (places < n)
-        places = places.clamp(0, n - 1)
-        which, present = inverse[:, places][mask], (mask[:, places] & inside)[mask]  # [T, w]
-        q, k, v = self.q(rows)[inverse[mask]], self.k(rows)[which], self.v(rows)[which]
-        context = self.attend(q[:, None], k + self.far_keys.to(k.dtype), v + self.far_values.to(v.dtype), present)
-        return self.close(rows[inverse[mask]], context[:, 0])
 
 
 # ---- the teacher, and lower ends -----------------------------------------------------------------------------------
@@ -237,7 +143,7 @@ class FullLower(nn.Module):
 class _MergingLower(nn.Module):
     """What is local by nature gets its place in the text afterwards: gate, position, type, LayerNorm."""
 
-    def __init__(self, backbone: Backbone, layers: Sequence[_SinkBlock], slots: int) -> None:
+    def __init__(self, backbone: Backbone, layers: Sequence[SinkBlock], slots: int) -> None:
         super().__init__()
         config, weights = backbone.config, backbone.weights
         self.word = nn.Parameter(weights["word_embeddings"], requires_grad=False)
@@ -340,6 +246,28 @@ class SkipStudent(nn.Module):
             self.lower = (WindowLower if shape.kind == "window" else NgramLower)(backbone, shape, sinks)
         self.upper = nn.ModuleList(FullLayer(backbone.config, backbone.weights, i) for i in shape.upper)
 
+    @classmethod
+    def of(cls, backbone: Backbone) -> SkipStudent:
+        """As it was distilled. Raises ConfigError for a plain backbone."""
+        lower, config = read_lower(backbone), backbone.config
+        first = backbone.skip.config.first_layer if backbone.skip is not None else 0
+        shape = SkipShape(
+            kind="trigram" if lower.slots == 3 else "unigram",
+            skipped=max(1, first),
+            lower=len(lower.layers),
+            upper=tuple(range(first, config.num_layers)),
+            sinks=backbone.skip.config.sinks if backbone.skip is not None else 0,
+        )
+        width = config.hidden_size
+        student = cls(backbone, shape, torch.zeros(shape.lower, shape.sinks, width))
+        student.lower = lower
+        return student
+
+    @property
+    def words(self) -> Tensor:
+        """[V, H] word embeddings, which are not trained."""
+        return self.lower.embeddings.word if isinstance(self.lower, FullLower) else self.lower.word
+
     def forward(self, batch: Batch, kept: Tensor | None = None) -> list[Tensor]:
         """Hidden states [B, n, H]: what enters the upper layers, then after each. kept: see NgramLower."""
         bias = _attention_bias(batch.mask)
@@ -375,3 +303,42 @@ def _slot_positions(config: EncoderConfig, weights: dict[str, Tensor], slots: in
     rows = torch.stack([table[first + k : first + k + count].mean(0) for k in range(slots)])
     types = weights.get("type_embeddings")
     return rows if types is None else rows + types[0]
+
+
+def hashed_kept(batch: Batch, share: float) -> Tensor:
+    """[B, n] as `random_kept`, but the same n-grams are shortened whenever they come, as by a table that lacks them."""
+    ids = torch.where(batch.mask, batch.token_ids, -1) + 1
+    left, right = F.pad(ids, (1, 0))[:, :-1], F.pad(ids, (0, 1))[:, 1:]
+    mixed = (left * 0x9E3779B1 + ids * 0x85EBCA77 + right * 0xC2B2AE3D) & 0xFFFFFFFF
+    mixed = ((mixed ^ (mixed >> 15)) * 0x2C1B3C6D) & 0xFFFFFFFF
+    draw = (mixed ^ (mixed >> 13)).double() / 2**32
+    return 3 - (draw < share).long() - (draw < share / 3).long()
+
+
+def read_lower(backbone: Backbone) -> NgramLower:
+    """The lower end of a skip backbone as it was distilled. Raises ConfigError for a plain one."""
+    if (skip := backbone.skip) is None:
+        raise ConfigError(f"{backbone.folder} has no local layers, and so only the path plain")
+    config, weights = skip.config, skip.weights
+    shape = SkipShape(
+        kind="trigram" if config.window == 3 else "unigram",
+        skipped=max(1, config.first_layer),
+        lower=0,
+        upper=(0,),
+    )
+    lower = NgramLower(backbone, shape, torch.empty(0))
+    slots = slice(0, 3) if config.window == 3 else slice(1, 2)
+    for i in range(config.local_layers):
+        own = {name.removeprefix(f"layers.{i}."): t for name, t in weights.items() if name.startswith(f"layers.{i}.")}
+        lower.layers.append(LocalLayer(backbone.config, weights, i, torch.zeros(config.sinks, lower.position.shape[1])))
+        lower.layers[-1].load_state_dict(own)
+    lower.position_embeddings.data = weights["position_embeddings"][slots].clone()
+    lower.gate_weight.data, lower.gate_bias.data = (
+        weights["gate.weight"][slots].clone(),
+        weights["gate.bias"][slots].clone(),
+    )
+    lower.position.data = weights["merge.position_embeddings"].clone()
+    lower.types.data = weights["merge.type_embeddings"].clone()
+    lower.emb_norm.load_state_dict({"weight": weights["emb_norm.weight"], "bias": weights["emb_norm.bias"]})
+    lower.norm.load_state_dict({"weight": weights["merge.norm.weight"], "bias": weights["merge.norm.bias"]})
+    return lower.requires_grad_(False).eval()

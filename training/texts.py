@@ -17,7 +17,7 @@ from training.skip_student import Batch
 from vbert.errors import BadRequest
 from vbert.tokenizer import Input, Tokenizer
 
-__all__ = ["Texts", "read_texts"]
+__all__ = ["Texts", "draw", "read_texts"]
 
 _AT_ONCE = 4096  # texts tokenised in one call
 _POOL_BATCHES = 32  # batches that are drawn together and then cut by length
@@ -95,6 +95,18 @@ class Texts:
             np.fromiter((i for piece in part for i in piece), np.int32, starts[-1]) for part in (ids, types)
         )
         return cls(flat, flat_types, starts)
+
+    def split(self, count: int, seed: int) -> tuple[Texts, Texts]:
+        """All but `count` texts, and these, drawn at random; at most a tenth is taken out."""
+        order = np.random.default_rng(seed).permutation(len(self))
+        cut = min(count, len(self) // 10)
+        return self._only(np.sort(order[cut:])), self._only(np.sort(order[:cut]))
+
+    def _only(self, chosen: NDArray[np.int64]) -> Texts:
+        lengths = np.diff(self.starts)[chosen]
+        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        at = np.repeat(self.starts[chosen] - starts[:-1], lengths) + np.arange(starts[-1])
+        return Texts(self.ids[at], self.types[at], starts)
 
     def batch(self, indices: NDArray[np.int64], device: torch.device) -> Batch:
         lengths = self.starts[indices + 1] - self.starts[indices]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -27,7 +29,8 @@ __all__ = ["TrainConfig", "TrainReport", "read_recipe", "run"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainReport:
-    """dev, test: all metrics of the best epoch by name (test empty without a test file). metric: the one that chose it.
+    """dev, test: all metrics of the best epoch by name (test empty without a test file), of the first path; by_path: of
+    every path, by "dev" and "test". metric: the one that chose it, its mean over the paths.
 
     best_epoch counts from 1. losses, dev_metrics: one number an epoch.
     """
@@ -37,6 +40,7 @@ class TrainReport:
     metric: str
     dev: dict[str, float]
     test: dict[str, float]
+    by_path: dict[str, dict[str, dict[str, float]]]
     best_epoch: int
     losses: tuple[float, ...]
     dev_metrics: tuple[float, ...]
@@ -68,15 +72,23 @@ def run(config: TrainConfig, *, progress: Progress = silent) -> TrainReport:
     model = build_model(config, backbone, labels, targets).to(_device(config))
     metric = main_metric(config.task, labels)
     train, dev = (parts[name].frozen(model, config.frozen_cache_bytes, progress) for name in ("train", "dev"))
-    fitted = fit(model, train, lambda: evaluate(model, dev)[metric], _fit_settings(config), progress)
-    results = {"dev": evaluate(model, dev)} | ({"test": evaluate(model, parts["test"])} if "test" in parts else {})
-    module = export(model, backbone.fingerprint, parts["dev"].examples, _source(config, backbone, results))
+
+    def dev_metric() -> float:
+        return fmean(evaluate(model, dev, path)[metric] for path in model.paths)
+
+    fitted = fit(model, train, dev_metric, _fit_settings(config), progress)
+    measured = {"dev": dev} | ({"test": parts["test"]} if "test" in parts else {})
+    by_path = {path: {name: evaluate(model, data, path) for name, data in measured.items()} for path in model.paths}
+    results = by_path[model.paths[0]]
+    told = results if model.paths == ("plain",) else by_path
+    module = export(model, backbone, parts["dev"].examples, _source(config, backbone, told))
     return TrainReport(
         path=Path(config.out),
         num_bytes=write(module, Path(config.out)),
         metric=metric,
         dev=results["dev"],
         test=results.get("test", {}),
+        by_path=by_path,
         best_epoch=fitted.best_epoch + 1,
         losses=fitted.losses,
         dev_metrics=fitted.dev_metrics,
@@ -141,7 +153,7 @@ def _fit_settings(config: TrainConfig) -> FitSettings:
     return FitSettings(**{each.name: getattr(config, each.name) for each in fields(FitSettings)})
 
 
-def _source(config: TrainConfig, backbone: Backbone, results: dict[str, dict[str, float]]) -> dict[str, Any]:
+def _source(config: TrainConfig, backbone: Backbone, results: Mapping[str, Any]) -> dict[str, Any]:
     """What people want to know of the tenant later: every setting but the places on this machine, and the metrics."""
     places = ("backbone", "train", "dev", "test", "out", "device")
     settings = {each.name: getattr(config, each.name) for each in fields(config) if each.name not in places}

@@ -45,8 +45,8 @@ def write_tenant(module: TenantModule, dtype: torch.dtype = torch.float32) -> by
         if layer.bias is not None:
             tensors[f"head.{i}.bias"] = layer.bias.detach().to(torch.float32).contiguous()
     for i, test in enumerate(module.self_tests):
-        tensors[f"self_test.{i}.token_ids"] = test.token_ids.to(torch.int64)
-        tensors[f"self_test.{i}.type_ids"] = test.type_ids.to(torch.int64)
+        tensors[f"self_test.{i}.token_ids"] = test.token_ids.to(torch.int64, copy=True)
+        tensors[f"self_test.{i}.type_ids"] = test.type_ids.to(torch.int64, copy=True)
         tensors[f"self_test.{i}.expected"] = test.expected.detach().to(torch.float32).contiguous()
     _check_finite(tensors)
     meta = {

@@ -93,7 +93,7 @@ def check_outputs(tests: Sequence[SelfTest], outputs: Sequence[Tensor], dtype: t
 
 def dump_self_tests(tests: Sequence[SelfTest]) -> bytes:
     """Safetensors bytes, for TenantStore.set_self_tests."""
-    tensors = {f"{i}.{part}": getattr(test, part) for i, test in enumerate(tests) for part in _PARTS}
+    tensors = {f"{i}.{part}": getattr(test, part).clone() for i, test in enumerate(tests) for part in _PARTS}
     return save_safetensors(tensors, {"paths": " ".join(test.path for test in tests)})
 
 

@@ -80,6 +80,16 @@ class Tokenizer:
             truncation_side=options.get("truncation_side", "right"),
         )
 
+    def id_of(self, token: str) -> int | None:
+        """None where the vocabulary has no such token."""
+        found: int | None = self._backend.token_to_id(token)
+        return found
+
+    @property
+    def special_ids(self) -> set[int]:
+        """Of tokens that stand for no text."""
+        return {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
+
     def encode(self, inputs: Sequence[Input], *, max_length: int | None = None, offsets: bool = True) -> list[Encoded]:
         """Encode each input: a text, a (text, text) tuple, a list of words or a list of token ids.
 
