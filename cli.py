@@ -1,4 +1,4 @@
-"""The `vbert` command: serve, tenants, train, profile, bench, keys. Each is a module of commands/,
+"""The `vbert` command: serve, tenants, train, distill, ngrams, profile, bench, keys. Each is a module of commands/,
 imported when it is run.
 
 Results go to stdout, as a table or with --json as one JSON value; progress and errors go to stderr. An error is one
@@ -23,6 +23,7 @@ _COMMANDS = {
     "tenants": "add, list, switch and remove tenants",
     "train": "train a tenant on a frozen backbone from jsonl",
     "distill": "make a skip backbone of a plain one, or adapt one to a domain",
+    "ngrams": "build, merge, prune and look into tables of n-grams for a skip backbone",
     "profile": "measure what this machine takes for what a server does",
     "bench": "run a benchmark by name; its own flags follow",
     "keys": "make an API key for `vbert serve --keys FILE`",

@@ -31,4 +31,4 @@ def run(args: argparse.Namespace) -> None:
     settings = (read_recipe(args.recipe, DistillConfig) if args.recipe else {}) | given(args, DistillConfig)
     with progress_bar() as progress:
         report = run(DistillConfig(**settings), progress=progress)
-    show(asdict(report), as_json=args.json)
+    show(asdict(report) | {"path": str(report.path)}, as_json=args.json)

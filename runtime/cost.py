@@ -34,7 +34,8 @@ _REMEDY = "run `vbert profile` here"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conditions:
     """What a profile holds for. device: model of the CPU or GPU. threads: the most the compute lane uses.
-    wait_policy: OMP_WAIT_POLICY, `default` where it is not set. layers, hidden, ffn: shape of the backbone."""
+    wait_policy: OMP_WAIT_POLICY, `default` where it is not set. layers, hidden, ffn: shape of the backbone;
+    local_layers: of its skip part."""
 
     device: str
     threads: int
@@ -45,6 +46,7 @@ class Conditions:
     layers: int
     hidden: int
     ffn: int
+    local_layers: int = 0
 
     def check(self, here: Conditions, where: str) -> None:
         """Raises ConfigError naming everything in which `here` differs. where: which profile this is, for people."""

@@ -31,7 +31,7 @@ def own_profile(config: EngineConfig, backbone: Backbone, model: Model) -> CostM
     if not config.profile:
         return None
     counts = lane_counts(config)
-    here = conditions_here(backbone.config, model.dtype, model.device, max(counts))
+    here = conditions_here(backbone, model.dtype, model.device, max(counts))
     path = Path(config.profile).expanduser()
     if path.suffix == ".json":
         return read_profile(path, here)

@@ -14,6 +14,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from runtime.clock import Clock
@@ -22,10 +23,12 @@ from runtime.machine import cpu_model, wait_policy
 from runtime.probes import Probes
 from runtime.uploads import moved_at_once
 from vbert.arena import Arena, ResidentTenant
-from vbert.config import EncoderConfig
 from vbert.formats.transformers_folder import Backbone
+from vbert.local_layers import LocalLayers
 from vbert.memory import Slabs
 from vbert.model import Model, SequenceInput
+from vbert.ngram.index import Keys, ngram_keys
+from vbert.skip import own_paths
 
 __all__ = ["FULL", "QUICK", "Effort", "Profiler", "conditions_here"]
 
@@ -40,16 +43,17 @@ _HOPELESS = 1.5  # times slower at its first run, and a thread count is measured
 class Effort:
     """What is measured, and how long.
 
-    tokens, lengths: of forwards. ranks: of the modules that are loaded. rows: gathered at once. modules: whose
-    self-tests are replayed at once. point_s: time for the repeats of one point, of which there are at least
-    `min_repeats`. largest_s: a run that takes longer is not repeated; one that should take longer is left out, and all
-    larger ones with it, but for the second of a curve.
+    tokens, lengths: of forwards. ranks: of the modules that are loaded. rows: gathered at once. ngrams: computed at
+    once. modules: whose self-tests are replayed at once. point_s: time for the repeats of one point, of which there are
+    at least `min_repeats`. largest_s: a run that takes longer is not repeated; one that should take longer is left out,
+    and all larger ones with it, but for the second of a curve.
     """
 
     tokens: tuple[int, ...]
     lengths: tuple[int, ...]
     ranks: tuple[int, ...]
     rows: tuple[int, ...]
+    ngrams: tuple[int, ...]
     modules: tuple[int, ...]
     min_repeats: int
     max_repeats: int
@@ -62,6 +66,7 @@ FULL = Effort(
     lengths=(8, 32, 128, 512),
     ranks=(1, 4, 16, 64, 256),
     rows=(16, 64, 256, 1024, 4096, 16384),
+    ngrams=(1, 4, 16, 64, 256, 1024, 4096),
     modules=(1, 2, 4, 8, 16),
     min_repeats=3,
     max_repeats=25,
@@ -73,6 +78,7 @@ QUICK = Effort(
     lengths=(32, 128),
     ranks=(1, 16, 64),
     rows=(16, 4096),
+    ngrams=(4, 64, 512),
     modules=(1, 4),
     min_repeats=2,
     max_repeats=9,
@@ -81,8 +87,9 @@ QUICK = Effort(
 )
 
 
-def conditions_here(config: EncoderConfig, dtype: torch.dtype, device: torch.device, threads: int) -> Conditions:
+def conditions_here(backbone: Backbone, dtype: torch.dtype, device: torch.device, threads: int) -> Conditions:
     """What a profile that is measured now holds for. threads: the most the compute lane uses."""
+    config, skip = backbone.config, backbone.skip
     on_gpu = device.type == "cuda"
     return Conditions(
         device=torch.cuda.get_device_name(device) if on_gpu else cpu_model(),
@@ -94,6 +101,7 @@ def conditions_here(config: EncoderConfig, dtype: torch.dtype, device: torch.dev
         layers=config.num_layers,
         hidden=config.hidden_size,
         ffn=config.ffn_size,
+        local_layers=0 if skip is None else skip.config.local_layers,
     )
 
 
@@ -118,8 +126,8 @@ class Profiler:
                 curves = self._measure(Path(scratch))
         finally:
             torch.set_num_threads(threads)
-        config, model = self.backbone.config, self.model
-        return CostModel(conditions_here(config, model.dtype, model.device, max(self.thread_counts)), curves)
+        conditions = conditions_here(self.backbone, self.model.dtype, self.model.device, max(self.thread_counts))
+        return CostModel(conditions, curves)
 
     def _measure(self, scratch: Path) -> dict[str, Curve]:
         lengths = [length for length in self.effort.lengths if length <= self.backbone.config.max_length]
@@ -129,6 +137,8 @@ class Profiler:
         todo |= {f"load/{tier}": partial(self._loads, scratch, tier) for tier in ("warm", "cold")}
         todo |= {f"gather_rows/{self.backbone.config.hidden_size}": self._gathers}
         todo |= {"self_test": partial(self._self_tests, scratch)}
+        if self.model.local is not None:
+            todo |= {"local": partial(self._local, self.model.local)}
         if self.model.device.type == "cuda":
             todo |= {"upload": self._uploads}
         curves = {}
@@ -159,6 +169,17 @@ class Profiler:
         table += 1  # else every row is the same page of zeros
         spread = [torch.arange(rows) * 48_271 % _TABLE_ROWS for rows in self.effort.rows]
         return self._curve({len(rows): partial(torch.index_select, table, 0, rows) for rows in spread}, (1,))
+
+    def _local(self, local: LocalLayers) -> Curve:
+        """Distinct n-grams, none of which is stored."""
+
+        def encode(keys: Keys) -> None:
+            local.encode(keys)
+            self._wait()
+
+        size = self.backbone.config.vocab_size
+        every = ngram_keys(np.arange(max(self.effort.ngrams)) * 7919 % size, np.array([0, max(self.effort.ngrams)]))
+        return self._curve({n: partial(encode, every[:n]) for n in self.effort.ngrams}, self.thread_counts)
 
     def _self_tests(self, scratch: Path) -> Curve:
         """Three short texts a module, every module another one."""
@@ -250,7 +271,7 @@ class Profiler:
 
     def _sequences(self, count: int, length: int, tenant: ResidentTenant | None = None) -> list[SequenceInput]:
         ids = [i % self.backbone.config.vocab_size for i in range(1, length + 1)]
-        return [SequenceInput(ids, [0] * length, tenant)] * count
+        return [SequenceInput(ids, [0] * length, tenant, paths=own_paths(self.backbone.skip))] * count
 
 
 def _version() -> str:

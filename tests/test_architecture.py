@@ -55,7 +55,7 @@ VBERT_RANKS = (
     {"deltas"},
     {"encoder", "packing"},
     {"graphs", "local_layers"},
-    {"model"},
+    {"model", "tables"},
 )
 OUTSIDE_VBERT = {"asyncio", "threading", "multiprocessing", "concurrent", "socket", "http", "urllib", "time", "sqlite3"}
 UNPICKLERS = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -58,7 +58,7 @@ class LocalLayers:
         self._gate_weight, self._gate_bias = get("gate.weight", torch.float32), get("gate.bias", torch.float32)
         self._position, self._type = get("merge.position_embeddings"), get("merge.type_embeddings")
         self._norm = get("merge.norm.weight"), get("merge.norm.bias")
-        self._eps, self._width = shape.layer_norm_eps, shape.hidden_size
+        self._eps, self.width = shape.layer_norm_eps, shape.hidden_size
         self._deltas = BatchDeltas([None], [0, 0])
 
     @property
@@ -73,7 +73,7 @@ class LocalLayers:
         space = space or Workspace(self._dtype, self._device)
         parts = [self._encode(keys[i : i + _AT_ONCE], space) for i in range(0, len(keys), _AT_ONCE)]
         if not parts:
-            return torch.empty(0, SLOTS, self._width, dtype=self._dtype, device=self._device)
+            return torch.empty(0, SLOTS, self.width, dtype=self._dtype, device=self._device)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @torch.inference_mode()
@@ -86,20 +86,20 @@ class LocalLayers:
         computed = self.encode(entry.missing, space)
         merged = self._added(entry, computed, rows) if len(computed) else rows
         if merged is None:
-            merged = torch.zeros(len(entry.tokens), self._width, device=self._device)
+            merged = torch.zeros(len(entry.tokens), self.width, device=self._device)
         position_ids, type_ids = (ids.to(self._device, non_blocking=True) for ids in entry.seen())
         hidden = merged + F.embedding(position_ids, self._position) + F.embedding(type_ids, self._type)
-        return F.layer_norm(hidden.to(self._dtype), (self._width,), *self._norm, self._eps), computed
+        return F.layer_norm(hidden.to(self._dtype), (self.width,), *self._norm, self._eps), computed
 
     def _added(self, entry: Entry, computed: Tensor, rows: Tensor | None) -> Tensor:
         """[T, H] float32: `rows` and what the computed n-grams say."""
         cu_seqlens, total = entry.tokens.cu_seqlens, len(entry.tokens)
         if self._device.type == "cpu":
-            out = torch.zeros(total, self._width) if rows is None else rows
+            out = torch.zeros(total, self.width) if rows is None else rows
             return add_views(computed, entry.which, cu_seqlens, out=out)
         which = torch.from_numpy(entry.which).to(self._device)
         views = computed.index_select(0, which.clamp(min=0)) * (which >= 0)[:, None, None]
-        merged = torch.empty(total, self._width, device=self._device)
+        merged = torch.empty(total, self.width, device=self._device)
         merge_rows(views, torch.from_numpy(cu_seqlens.astype(np.int32)).to(self._device), out=merged)
         return merged if rows is None else rows.add_(merged)
 
@@ -111,7 +111,7 @@ class LocalLayers:
         for i, sinks in enumerate(self._sinks):
             attention = _SlotAttention(present, self._num_heads, *sinks)
             hidden = self._encoder.layer(i, hidden, attention, self._deltas, space)
-        u = hidden.view(len(ids), SLOTS, self._width)
+        u = hidden.view(len(ids), SLOTS, self.width)
         gate = torch.sigmoid((u.float() * self._gate_weight).sum(-1) + self._gate_bias) * present
         return u * gate.unsqueeze(-1).to(u.dtype)
 

@@ -343,3 +343,22 @@ def test_a_look_up_finds_what_was_written(world):
     out = torch.empty(len(keys), 3, table.width)
     table.gather(rows, out)
     torch.testing.assert_close(out, world.model.local.encode(keys), atol=2e-3, rtol=2e-3)
+
+
+async def test_a_profile_knows_what_n_grams_cost(world, on_skip, tmp_path):
+    """Where it says that computing is dear, a text with a missing n-gram goes the plain way."""
+    from runtime.cost import CostModel, Curve, Point
+    from runtime.open_stores import _costs
+
+    async with on_skip(profile=str(tmp_path / "profiles")) as engine:
+        cost = engine._core.parts.cost
+        assert cost.conditions.local_layers == world.backbone.skip.config.local_layers
+        assert cost.local_s(512) >= cost.local_s(4) > 0
+        await add(engine, "t", world.tenant(0))
+    if "plain" not in world.paths:
+        return
+    for seconds, pays in ((1e-9, True), (10.0, False)):
+        curve = Curve([Point(size=1, seconds=seconds, spread=0, repeats=1, threads=1)])
+        costs = _costs(world.backbone.skip.config, 3, CostModel(cost.conditions, {**cost.curves, "local": curve}))
+        assert costs.exact_pays(20, 1) == pays
+        assert costs.exact_pays(20, 0)

@@ -43,8 +43,9 @@ _AGAIN = "build it again"
 class NgramTable:
     """Entries of one file. Any thread may read; the GIL is released meanwhile."""
 
-    def __init__(self, path: str | os.PathLike[str], fingerprint: str) -> None:
-        """Raises OSError; CorruptFile for a file that is cut or no table; WrongBackbone."""
+    def __init__(self, path: str | os.PathLike[str], fingerprint: str | None) -> None:
+        """fingerprint: of the backbone that must have made it; None: any. Raises OSError; CorruptFile for a file that
+        is cut or no table; WrongBackbone."""
         self.path = Path(path)
         with self.path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -55,9 +56,11 @@ class NgramTable:
                 raise CorruptFile(f"the n-gram table {path} is empty; {_AGAIN}") from error
         memory.madvise(mmap.MADV_RANDOM)
         about, tensors = _parse(memory, size, self.path)
-        if about["fingerprint"] != fingerprint:
+        self.fingerprint = about.pop("fingerprint")
+        self.about = {name: value for name, value in about.items() if name != "format"}
+        if fingerprint is not None and self.fingerprint != fingerprint:
             raise WrongBackbone(
-                f"the n-gram table {path} was made by backbone {about['fingerprint'][:23]}, this one is "
+                f"the n-gram table {path} was made by backbone {self.fingerprint[:23]}, this one is "
                 f"{fingerprint[:23]}; {_AGAIN} with this one"
             )
         self._index: Keys = tensors["index"].numpy()
@@ -69,6 +72,15 @@ class NgramTable:
     @property
     def width(self) -> int:
         return self.rows.shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.rows.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the file."""
+        return self.path.stat().st_size
 
     @property
     def keys(self) -> Keys:
