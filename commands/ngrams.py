@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 from commands.output import Wrong, add_json_flag, show
 
 if TYPE_CHECKING:
-    import torch
-
     from vbert.tokenizer import Input
 
 __all__ = ["add_flags"]
@@ -98,7 +96,7 @@ def _merge(args: argparse.Namespace) -> None:
 
     tables = [NgramTable(path, None) for path in args.tables]
     with progress_bar() as progress:
-        entries = merge_tables(args.out, tables, dtype=_dtype(args), told=progress)
+        entries = merge_tables(args.out, tables, dtype=args.dtype, told=progress)
     _show_table(args, entries=entries)
 
 
@@ -109,29 +107,16 @@ def _prune(args: argparse.Namespace) -> None:
 
     table = NgramTable(args.table, None)
     with progress_bar() as progress:
-        entries = prune_table(args.out, table, told=progress, **_kept(args) | {"dtype": _dtype(args)})
+        entries = prune_table(args.out, table, told=progress, **_kept(args))
     _show_table(args, entries=entries, of=len(table))
 
 
 def _stats(args: argparse.Namespace) -> None:
-    import numpy as np
-
-    from vbert.ngram.counting import num_tokens
     from vbert.ngram.table import NgramTable
+    from vbert.tables import describe_table
 
     table = NgramTable(args.table, None)
-    by_length = np.bincount(num_tokens(table.keys), minlength=4)
-    told: dict[str, Any] = {
-        "table": str(args.table),
-        "backbone": table.fingerprint,
-        "entries": len(table),
-        "trigrams": int(by_length[3]),
-        "bigrams": int(by_length[2]),
-        "tokens": int(by_length[1]),
-        "width": table.width,
-        "dtype": str(table.dtype).removeprefix("torch."),
-        "bytes": table.num_bytes,
-    }
+    told = describe_table(table)
     if args.texts:
         told |= _coverage(args, table)
     show(told, as_json=args.json)
@@ -159,20 +144,7 @@ def _every_text(files: Sequence[str]) -> Iterator[Input]:
 
 
 def _kept(args: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
-    return {
-        "coverage": args.coverage,
-        "min_count": args.min_count,
-        "max_bytes": args.max_bytes,
-        "dtype": _dtype(args) or torch.float16,
-    }
-
-
-def _dtype(args: argparse.Namespace) -> torch.dtype | None:
-    import torch
-
-    return None if args.dtype is None else {"float16": torch.float16, "int8": torch.int8}[args.dtype]
+    return {name: getattr(args, name) for name in ("coverage", "min_count", "max_bytes", "dtype")}
 
 
 def _length(args: argparse.Namespace, config: Any) -> int:

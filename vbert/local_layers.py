@@ -14,6 +14,7 @@ Source: Wang et al. 2022, SkipBERT (ACL); the sinks, a gate for each slot and ma
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from vbert.deltas import BatchDeltas
 from vbert.encoder import Encoder
 from vbert.entry import Entry
 from vbert.kernels.merge_rows import merge_rows
+from vbert.kernels.slot_attention import slot_attention
 from vbert.ngram.index import Keys, parts_of
 from vbert.ngram.views import add_views
 from vbert.skip import SLOTS, Skip
@@ -53,7 +55,8 @@ class LocalLayers:
             return weights[name].to(device=device, dtype=dtype)
 
         self._sinks = [
-            (get(f"layers.{i}.sink_keys"), get(f"layers.{i}.sink_values")) for i in range(skip.config.local_layers)
+            (get(f"layers.{i}.sink_keys", torch.float32), get(f"layers.{i}.sink_values", torch.float32))
+            for i in range(skip.config.local_layers)
         ]
         self._gate_weight, self._gate_bias = get("gate.weight", torch.float32), get("gate.bias", torch.float32)
         self._position, self._type = get("merge.position_embeddings"), get("merge.type_embeddings")
@@ -103,36 +106,21 @@ class LocalLayers:
         merge_rows(views, torch.from_numpy(cu_seqlens.astype(np.int32)).to(self._device), out=merged)
         return merged if rows is None else rows.add_(merged)
 
+    def _attend(self, present: Tensor, sinks: tuple[Tensor, Tensor], space: Workspace, qkv: Tensor) -> Tensor:
+        context = space.rows("context", len(qkv), self.width)
+        return slot_attention(qkv, *sinks, present, self._num_heads, out=context)
+
     def _encode(self, keys: Keys, space: Workspace) -> Tensor:
         ids = torch.from_numpy(parts_of(keys))
         present = (ids >= 0).to(self._device)
         rows = _slots(ids.clamp(min=0), self._device)
         hidden = self._encoder.embed(rows, self._deltas, self._words.word_rows(rows))
         for i, sinks in enumerate(self._sinks):
-            attention = _SlotAttention(present, self._num_heads, *sinks)
-            hidden = self._encoder.layer(i, hidden, attention, self._deltas, space)
+            attend = partial(self._attend, present, sinks, space)
+            hidden = self._encoder.layer(i, hidden, attend, self._deltas, space)
         u = hidden.view(len(ids), SLOTS, self.width)
         gate = torch.sigmoid((u.float() * self._gate_weight).sum(-1) + self._gate_bias) * present
         return u * gate.unsqueeze(-1).to(u.dtype)
-
-
-class _SlotAttention:
-    """Three slots attend to those of them that are there, and to the sinks."""
-
-    def __init__(self, present: Tensor, num_heads: int, keys: Tensor, values: Tensor) -> None:
-        """present: [m, 3] bool. keys, values: [S, H]."""
-        sinks = present.new_ones(len(present), len(keys))
-        self._mask = torch.cat([sinks, present], 1)[:, None, None, :]
-        self._num_heads, self._keys, self._values = num_heads, keys, values
-
-    def __call__(self, qkv: Tensor) -> Tensor:
-        """[3 m, 3 H] to [3 m, H]."""
-        m = len(qkv) // SLOTS
-        q, k, v = qkv.view(m, SLOTS, 3, -1).unbind(2)  # [m, 3, H]
-        k, v = (torch.cat([sink.expand(m, -1, -1), own], 1) for sink, own in ((self._keys, k), (self._values, v)))
-        q, k, v = (rows.view(*rows.shape[:2], self._num_heads, -1).transpose(1, 2) for rows in (q, k, v))
-        context = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask)
-        return context.transpose(1, 2).reshape(m * SLOTS, -1)
 
 
 def _slots(ids: Tensor, device: torch.device) -> PackedRows:

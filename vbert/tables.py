@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,17 +17,18 @@ from numpy.typing import NDArray
 
 from vbert.errors import ConfigError, ShapeError
 from vbert.local_layers import LocalLayers
-from vbert.ngram.counting import Coverage, NgramCounts, head
+from vbert.ngram.counting import Coverage, NgramCounts, head, num_tokens
 from vbert.ngram.index import Keys, ngram_keys, places_for, shortened
 from vbert.ngram.table import NgramTable, TableWriter
 from vbert.skip import SLOTS
 from vbert.tokenizer import Input, Tokenizer
 
-__all__ = ["build_table", "count_texts", "coverage_of", "entries_in", "merge_tables", "prune_table"]
+__all__ = ["build_table", "count_texts", "coverage_of", "describe_table", "entries_in", "merge_tables", "prune_table"]
 
 Told = Callable[[str, int, int], None]  # what is going on, how much is done, of how much
 _AT_ONCE = 2048  # n-grams encoded or copied at once
 _TEXTS_AT_ONCE = 2048
+_DTYPES = {"float16": torch.float16, "int8": torch.int8}
 
 
 def count_texts(texts: Iterable[Input], tokenizer: Tokenizer, max_length: int, counts: NgramCounts) -> int:
@@ -46,19 +48,22 @@ def build_table(
     coverage: float = 1.0,
     min_count: int = 2,
     max_bytes: int | None = None,
-    dtype: torch.dtype = torch.float16,
+    dtype: str | None = None,
     told: Told = lambda what, done, total: None,
 ) -> int:
-    """Encode the most frequent n-grams of a corpus; returns how many. Raises ConfigError, OSError, CorruptFile."""
+    """Encode the most frequent n-grams of a corpus; returns how many. dtype: of the rows, float16 or int8.
+
+    Raises ConfigError, OSError, CorruptFile."""
     keys, how_often = counts.result()
     if local.config.window != SLOTS:
         how_often = how_often[keys == shortened(keys, 1)]
         keys = keys[keys == shortened(keys, 1)]
-    most = None if max_bytes is None else entries_in(max_bytes, local.width, dtype)
+    row_dtype = _row_dtype(dtype, torch.float16)
+    most = None if max_bytes is None else entries_in(max_bytes, local.width, row_dtype)
     keys, how_often = head(keys, how_often, max_entries=most, coverage=coverage, min_count=min_count)
     about = {"encoder": local.fingerprint, "occurrences": str(counts.num_occurrences)}
     with TableWriter(
-        path, fingerprint=local.base, keys=keys, counts=how_often, width=local.width, dtype=dtype, about=about
+        path, fingerprint=local.base, keys=keys, counts=how_often, width=local.width, dtype=row_dtype, about=about
     ) as writer:
         for i in range(0, len(keys), _AT_ONCE):
             writer.add(local.encode(keys[i : i + _AT_ONCE]).float().cpu())
@@ -70,7 +75,7 @@ def merge_tables(
     path: str | os.PathLike[str],
     tables: Sequence[NgramTable],
     *,
-    dtype: torch.dtype | None = None,
+    dtype: str | None = None,
     told: Told = lambda what, done, total: None,
 ) -> int:
     """One table of several: of an n-gram that more than one has, the row of the first. Returns how many entries there
@@ -99,12 +104,12 @@ def prune_table(
     coverage: float = 1.0,
     min_count: int = 1,
     max_bytes: int | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: str | None = None,
     told: Told = lambda what, done, total: None,
 ) -> int:
     """The most frequent n-grams of a table; returns how many. Raises ConfigError, OSError, CorruptFile."""
     keys, counts = table.keys, table.counts.numpy().astype(np.int64)
-    most = None if max_bytes is None else entries_in(max_bytes, table.width, dtype or table.dtype)
+    most = None if max_bytes is None else entries_in(max_bytes, table.width, _row_dtype(dtype, table.dtype))
     kept, how_often = head(keys, counts, max_entries=most, coverage=coverage, min_count=min_count)
     rows = np.flatnonzero(np.isin(keys, kept))
     return _copy(path, [table], kept, how_often, np.zeros(len(kept), np.int64), rows, dtype, told)
@@ -116,6 +121,22 @@ def coverage_of(table: NgramTable, texts: Iterable[Input], tokenizer: Tokenizer,
     for chunk in _chunks(texts):
         kept.append(table.look_up(ngram_keys(*_tokenised(chunk, tokenizer, max_length)), 1)[1])
     return Coverage.of(np.concatenate(kept))
+
+
+def describe_table(table: NgramTable) -> dict[str, Any]:
+    """What it holds, for people. Raises CorruptFile."""
+    by_length = np.bincount(num_tokens(table.keys), minlength=SLOTS + 1)
+    return {
+        "table": str(table.path),
+        "backbone": table.fingerprint,
+        "entries": len(table),
+        "trigrams": int(by_length[3]),
+        "bigrams": int(by_length[2]),
+        "tokens": int(by_length[1]),
+        "width": table.width,
+        "dtype": str(table.dtype).removeprefix("torch."),
+        "bytes": table.num_bytes,
+    }
 
 
 def entries_in(max_bytes: int, width: int, dtype: torch.dtype) -> int:
@@ -136,7 +157,7 @@ def _copy(
     counts: NDArray[np.int64],
     source: NDArray[np.int64],
     row: NDArray[np.int64],
-    dtype: torch.dtype | None,
+    dtype: str | None,
     told: Told,
 ) -> int:
     first = tables[0]
@@ -146,7 +167,7 @@ def _copy(
         keys=keys,
         counts=counts,
         width=first.width,
-        dtype=dtype or first.dtype,
+        dtype=_row_dtype(dtype, first.dtype),
         about=first.about,
     ) as writer:
         for i in range(0, len(keys), _AT_ONCE):
@@ -157,6 +178,14 @@ def _copy(
             writer.add(out)
             told("writing", min(len(keys), i + _AT_ONCE), len(keys))
     return len(keys)
+
+
+def _row_dtype(name: str | None, default: torch.dtype) -> torch.dtype:
+    if name is None:
+        return default
+    if name not in _DTYPES:
+        raise ConfigError(f"the rows of a table are {' or '.join(_DTYPES)}, not {name}")
+    return _DTYPES[name]
 
 
 def _chunks(texts: Iterable[Input]) -> Iterable[list[Input]]:

@@ -15,6 +15,7 @@ from vbert.kernels.segmented_bottleneck import segmented_bottleneck
 from vbert.kernels.segmented_layer_norm import segmented_layer_norm
 from vbert.kernels.segmented_low_rank import segmented_low_rank
 from vbert.kernels.segmented_sparse import segmented_sparse
+from vbert.kernels.slot_attention import slot_attention
 
 SHAPES = {
     "one_row": [1],
@@ -161,6 +162,18 @@ def check_merge(case, width=40, rows_dtype=torch.float16):
     case.compare(got, merge_rows(u, bounds, out=want, backend=Backend.REFERENCE))
 
 
+def check_slot_attention(case, width=48, heads=3, sinks=2):
+    m = case.rows
+    qkv, constants = case.normal(3 * m, 3 * width), [case.normal(sinks, width).float() for _ in range(2)]
+    present = torch.rand(m, 3, generator=torch.Generator().manual_seed(4)) < 0.7
+    present[:, 1] = True
+    present = present.to(case.device)
+    given = (qkv, *constants, present, heads)
+    got, want = case.normal(3 * m, width + 3)[:, :width], case.normal(3 * m, width)
+    slot_attention(*given, out=got, backend=case.backend)
+    case.compare(got, slot_attention(*given, out=want, backend=Backend.REFERENCE))
+
+
 # What runs over every shape and dtype.
 CHECKS = {
     "low_rank_1": lambda case: check_low_rank(case, 1),
@@ -176,4 +189,6 @@ CHECKS = {
     "sparse": check_sparse,
     "gather_rows": check_gather,
     "merge_rows": check_merge,
+    "slot_attention": check_slot_attention,
+    "slot_attention_without_sinks": lambda case: check_slot_attention(case, sinks=0),
 }

@@ -13,6 +13,7 @@ from vbert.kernels.segmented_bottleneck import segmented_bottleneck
 from vbert.kernels.segmented_layer_norm import segmented_layer_norm
 from vbert.kernels.segmented_low_rank import segmented_low_rank
 from vbert.kernels.segmented_sparse import segmented_sparse
+from vbert.kernels.slot_attention import slot_attention
 
 __all__ = ["warm_up"]
 
@@ -34,4 +35,7 @@ def warm_up(dtype: torch.dtype, device: torch.device | None = None) -> None:
     segmented_layer_norm(x, wide, wide, one, eps=1e-5, out=zeros(2, 8))
     segmented_sparse(x, starts, columns, narrow, one, out=zeros(2, 8))
     gather_rows(zeros(1, 8), zeros(1, dtype=torch.int64), out=zeros(1, 8))
+    present = torch.ones(1, 3, dtype=torch.bool, device=device)
+    sinks = zeros(1, 8, dtype=torch.float32)
+    slot_attention(zeros(3, 24), sinks, sinks, present, 2, out=zeros(3, 8))
     merge_rows(zeros(1, 3, 8, dtype=torch.float16), torch.tensor([0, 1], dtype=torch.int32, device=device), out=wide)
