@@ -155,20 +155,22 @@ def overlap() -> str:
 
 
 def skip() -> str:
-    """By backbone, stream and clients: requests/s with the sequence store next to those without it."""
+    """By backbone, stream, clients and way through the lower layers: requests/s next to the plain way."""
     newest = {result["config"]["backbone"]: result for result in results("skip")}
     body = []
     for backbone, result in sorted(newest.items()):
-        cells: dict[tuple[Any, ...], dict[str, Row]] = {}
+        plain: dict[tuple[Any, ...], Row] = {}
         for row in result["rows"]:
-            cells.setdefault((row["set"], row["stream"], row["concurrency"]), {})[row["system"]] = row
-        for case, systems in cells.items():
-            plain, stored = systems["plain"], systems["sequence store"]
-            speeds = [plain["requests_per_s"], stored["requests_per_s"]]
-            seen = [f"{speeds[1] / speeds[0]:.2f}x", f"{stored['hit_rate']:.2f}", plain["p50_ms"], stored["p50_ms"]]
-            body.append([backbone, *case, *speeds, *seen])
-    header = ["backbone", "set", "stream", "clients", "plain /s", "stored /s", "ratio", "hits", "plain p50 ms"]
-    return "".join(map(_where, newest.values())) + markdown([*header, "stored p50 ms"], body)
+            case = row["set"], row["stream"], row["concurrency"]
+            if row["system"] == "plain":
+                plain[case] = row
+                continue
+            speeds = [plain[case]["requests_per_s"], row["requests_per_s"]]
+            ratio = f"{speeds[1] / speeds[0]:.2f}x"
+            seen = [f"{row['hit_rate']:.2f}", plain[case]["p50_ms"], row["p50_ms"]]
+            body.append([backbone, *case, row["system"], *speeds, ratio, *seen])
+    header = ["backbone", "set", "stream", "clients", "way", "plain /s", "this /s", "ratio", "hits", "plain p50 ms"]
+    return "".join(map(_where, newest.values())) + markdown([*header, "p50 ms"], body)
 
 
 def neighbour() -> str:
@@ -274,6 +276,12 @@ def train_options() -> str:
     return _options(TrainConfig)
 
 
+def distill_options() -> str:
+    from training.distill_config import DistillConfig
+
+    return _options(DistillConfig)
+
+
 def _options(config: Any) -> str:
     """One row a field of a config dataclass: its flag, default and meaning."""
     rows = [
@@ -296,6 +304,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "engine_options": engine_options,
     "http_options": http_options,
     "train_options": train_options,
+    "distill_options": distill_options,
     **density_report.tables(results, _where, markdown),
 }
 

@@ -1,13 +1,14 @@
-"""What do skipped layers save? `vbert bench skip --data DIR [--json]`
+"""What do skipped layers save? `vbert bench skip --data DIR [--skip FOLDER --ngrams FILE] [--json]`
 
-Streams of real texts to one tenant with a LoRA in the upper half, under two names: one may use the sequence store, the
-other may not. Both take turns in one engine, with the same texts, by one client and by 64:
+Streams of real texts to one tenant with a LoRA in the upper half, by every way through the lower half, each in an
+engine of its own, with the same texts in turns, by one client and by 64:
 
 - *unseen*: every text once;
-- *own domain*: test texts, after the training texts were sent;
+- *own domain*: test texts, after the training texts were sent; n-gram tables have these as well;
 - *zipf*: the test texts drawn by Zipf's law (exponent 1), after 1,000 and after 20,000 such requests.
 
-DIR has SET/train.jsonl.gz and SET/test.jsonl.gz with a "text" in each line.
+DIR has SET/train.jsonl.gz and SET/test.jsonl.gz with a "text" in each line. FOLDER is a skip backbone with a plain way
+(`vbert distill`), FILE a table of it (`vbert ngrams build`); without them the sequence store is measured alone.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import itertools
 import json
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,16 +39,49 @@ from benchmarks.ours import random_loras
 from benchmarks.report import output_flags, publish
 from benchmarks.serving import BACKBONE
 from runtime import Engine, EngineConfig
+from runtime.metrics import MetricsSnapshot
+from runtime.request import EmbedResult
 from vbert.checkpoint import write_tenant
+from vbert.encoder import Encoder
 from vbert.errors import ConfigError, SelfTestFailed
-from vbert.formats.transformers_folder import read_backbone
+from vbert.formats.transformers_folder import Backbone, read_backbone
+from vbert.local_layers import LocalLayers
+from vbert.model import resolve_dtype
+from vbert.ngram.counting import NgramCounts
+from vbert.tables import build_table, count_texts
+from vbert.tenant import TenantModule
+from vbert.tokenizer import Tokenizer
 
 __all__ = ["main"]
 
 SETS = ("banking77", "sst2", "ag_news")
-SYSTEMS = ("plain", "sequence store")
-TOLERANCE = 1e-3  # the two batch differently; of an L2-normalised embedding
+TOLERANCE = 1e-3  # of an L2-normalised embedding: two engines batch differently
+HALF_TOLERANCE = 2e-2  # where rows are stored as float16
 _CHECKED = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class System:
+    """One way through the lower layers. path: what requests ask for. paths: what its tenant was trained for. same_as:
+    the system that gives the same answers."""
+
+    name: str
+    path: str = "plain"
+    paths: tuple[str, ...] = ("plain",)
+    sequences: bool = False
+    ngrams: bool = False
+    same_as: str = ""
+
+
+PLAIN = System(name="plain")
+STORED = System(name="sequence store", sequences=True, same_as="plain")
+SKIPPING = (
+    System(name="compute", path="compute", paths=("exact",)),
+    System(name="exact", path="exact", paths=("exact",), ngrams=True, same_as="compute"),
+    System(name="backoff", path="backoff", paths=("backoff",), ngrams=True),
+    System(name="auto: plain, exact", path="auto", paths=("plain", "exact"), ngrams=True),
+    System(name="auto: all", path="auto", paths=("plain", "exact", "backoff"), ngrams=True, sequences=True),
+)
 
 
 @dataclass(slots=True)
@@ -57,23 +92,71 @@ class Seen:
     rates: list[float] = field(default_factory=list)
     hits: int = 0
     asked: int = 0
+    paths: Counter[str] = field(default_factory=Counter)
 
     def row(self) -> dict[str, Any]:
-        """requests_per_s: median of the turns; spread: (p75 - p25) / p50 of them."""
+        """requests_per_s: median of the turns; spread: (p75 - p25) / p50 of them. hit_rate: of texts in the sequence
+        store, else of tokens whose tri-gram was stored. paths: share of the texts that took each."""
         p25, p50, p75 = (float(q) for q in np.percentile(self.rates, (25, 50, 75)))
+        total = max(1, self.paths.total())
         return {
             "requests_per_s": round(p50, 1),
             "spread": round((p75 - p25) / p50, 4),
             "p50_ms": milliseconds(self.latencies, 50),
             "p99_ms": milliseconds(self.latencies, 99),
             "hit_rate": round(self.hits / self.asked, 4) if self.asked else 0.0,
+            "paths": {path: round(count / total, 4) for path, count in sorted(self.paths.items())},
             "answered": len(self.latencies),
         }
 
 
+class Served:
+    """An engine with one tenant, and what it was asked so far."""
+
+    def __init__(self, system: System, engine: Engine) -> None:
+        self.system, self.engine, self.seen = system, engine, Seen()
+
+    async def ask(self, texts: Sequence[str]) -> EmbedResult:
+        return await self.engine.embed("tenant", texts, truncate=True, path=self.system.path)
+
+    async def send(self, texts: Iterator[str]) -> None:
+        """Requests that are not measured."""
+
+        async def client() -> None:
+            for text in texts:
+                await self.ask([text])
+
+        await asyncio.gather(*(client() for _ in range(64)))
+
+    async def turn(self, work: Sequence[str], clients: int) -> None:
+        before = self.engine.snapshot()
+        todo = iter(work)
+        begin = time.perf_counter()
+
+        async def client() -> None:
+            for text in todo:
+                sent = time.perf_counter()
+                answer = await self.ask([text])
+                self.seen.latencies.append(time.perf_counter() - sent)
+                self.seen.paths.update(answer.paths)
+
+        await asyncio.gather(*(client() for _ in range(clients)))
+        self.seen.rates.append(len(work) / (time.perf_counter() - begin))
+        self._count(before, self.engine.snapshot())
+
+    def _count(self, before: MetricsSnapshot, after: MetricsSnapshot) -> None:
+        if self.system.sequences:
+            grown = {event: after.sequences[event] - before.sequences[event] for event in after.sequences}
+            self.seen.hits += grown["hits"] + grown["shared"]
+            self.seen.asked += grown["hits"] + grown["shared"] + grown["misses"]
+        elif self.system.ngrams:
+            self.seen.hits += after.ngrams["trigrams"] - before.ngrams["trigrams"]
+            self.seen.asked += after.tokens - before.tokens
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
-    if not (args.backbone / "config.json").exists():
+    if not args.skip and not (args.backbone / "config.json").exists():
         raise ConfigError(f"no backbone at {args.backbone}; run `make serve` once, or give --backbone FOLDER")
     neighbours = Neighbours()
     rows = uvloop.run(_measure(args))
@@ -82,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "benchmark": "skip",
         "machine": describe() | neighbours.report(),
         "commit": commit(),
-        "config": {name: getattr(args, name) for name in names} | {"backbone": args.backbone.name},
+        "config": {name: getattr(args, name) for name in names} | {"backbone": (args.skip or args.backbone).name},
         "rows": rows,
     }
     publish(result, args)
@@ -93,12 +176,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     output_flags(parser)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--backbone", type=Path, default=BACKBONE, help="default: the one of `make serve`")
+    parser.add_argument("--skip", type=Path, help="a skip backbone with a plain way, in place of --backbone")
+    parser.add_argument("--ngrams", type=Path, help="a table of it")
     parser.add_argument("--sets", nargs="+", default=list(SETS))
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--warm", type=int, nargs="+", default=[1_000, 20_000], help="requests before zipf is measured")
     parser.add_argument("--requests", type=int, default=256, help="of a turn; an eighth of it with one client")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--store-mib", type=int, default=256)
+    parser.add_argument("--store-mib", type=int, default=256, help="of the sequence store, and of the n-gram cache")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args(argv)
 
@@ -109,108 +194,111 @@ async def _measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         task = bar.add_task("skip", total=len(args.sets) * (2 + len(args.warm)))
         for name in args.sets:
             train, test = (_texts(args.data / name / f"{part}.jsonl.gz") for part in ("train", "test"))
-            rng = np.random.default_rng(0)
-            zipf = _zipf(test, rng)
-            streams: dict[str, tuple[Iterator[str], Iterator[str]]] = {
-                "unseen": (iter(()), iter(test)),
-                "own domain": (iter(train), iter(test)),
-            }
-            for stream, (before, measured) in streams.items():
+            zipf = _zipf(test, np.random.default_rng(0))
+            for stream, before in (("unseen", []), ("own domain", train)):
                 bar.update(task, description=f"{name}: {stream}")
-                async with _engine(args) as engine:
-                    await _send(engine, before)
-                    rows += await _take_turns(engine, args, measured, {"set": name, "stream": stream})
+                async with _serving(args, before) as every:
+                    for served in every:
+                        await served.send(iter(before))
+                    rows += await _take_turns(every, args, iter(test), {"set": name, "stream": stream})
                 bar.advance(task)
-            async with _engine(args) as engine:
+            async with _serving(args, []) as every:
                 sent = 0
                 for warm in args.warm:
                     bar.update(task, description=f"{name}: zipf after {warm}")
-                    await _send(engine, itertools.islice(zipf, max(0, warm - sent)))
-                    rows += await _take_turns(engine, args, zipf, {"set": name, "stream": f"zipf after {warm}"})
+                    texts = list(itertools.islice(zipf, max(0, warm - sent)))
+                    for served in every:
+                        await served.send(iter(texts))
+                    rows += await _take_turns(every, args, zipf, {"set": name, "stream": f"zipf after {warm}"})
                     sent = warm
                     bar.advance(task)
     return rows
 
 
 @asynccontextmanager
-async def _engine(args: argparse.Namespace) -> AsyncIterator[Engine]:
-    """With an empty sequence store, and the tenant under both names, each asked once."""
-    backbone = read_backbone(args.backbone)
+async def _serving(args: argparse.Namespace, own: Sequence[str]) -> AsyncIterator[list[Served]]:
+    """An engine for each system, with nothing stored but tables, and its tenant, asked once. own: texts whose n-grams
+    have a table too."""
+    folder = args.skip or args.backbone
+    backbone = read_backbone(folder)
+    systems = (PLAIN, STORED, *(SKIPPING if args.skip else ()))
+    async with AsyncExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        tables = [str(args.ngrams)] if args.ngrams else []
+        if own and args.skip:
+            tables.insert(0, _own_table(backbone, own, scratch / "own.ngrams"))
+        every: list[Served] = []
+        for system in systems:
+            config = EngineConfig(
+                backbone=str(folder),
+                store=str(scratch / f"store-{len(every)}"),
+                compute_threads=args.threads,
+                sequence_store_bytes=args.store_mib * 2**20 if system.sequences else 0,
+                ngrams=tuple(tables) if system.ngrams else (),
+                ngram_cache_bytes=args.store_mib * 2**20 if system.ngrams else 0,
+                profile=str(scratch) if system.path == "auto" else "",
+                default_deadline_s=600.0,
+            )
+            engine = await stack.enter_async_context(Engine(config))
+            await engine.add_tenant("tenant", write_tenant(_module(backbone, system.paths)))
+            every.append(Served(system, engine))
+            await every[-1].ask(["a first request"])
+        yield every
+
+
+def _module(backbone: Backbone, paths: tuple[str, ...]) -> TenantModule:
+    """A random LoRA above the skipped layers."""
     (module,) = random_loras(backbone, 1, seed=0)
-    half = backbone.config.num_layers // 2
-    module = replace(module, deltas=tuple(delta for delta in module.deltas if delta.layer >= half))
-    with tempfile.TemporaryDirectory() as store:
-        config = EngineConfig(
-            backbone=str(args.backbone),
-            store=store,
-            compute_threads=args.threads,
-            sequence_store_bytes=args.store_mib * 2**20,
-            sequence_sharing=("plain=off",),
-            default_deadline_s=600.0,
-        )
-        async with Engine(config) as engine:
-            for name in SYSTEMS:
-                await engine.add_tenant(_tenant(name), write_tenant(module))
-                await engine.embed(_tenant(name), ["a first request"])
-            yield engine
+    skip = backbone.skip
+    first = skip.config.first_layer if skip is not None else backbone.config.num_layers // 2
+    module = replace(module, deltas=tuple(delta for delta in module.deltas if delta.layer >= first), paths=paths)
+    if skip is None or paths == ("plain",):
+        return module
+    fingerprint = backbone.fingerprint if "plain" in paths else skip.fingerprint
+    return replace(module, skip_fingerprint=skip.fingerprint, backbone_fingerprint=fingerprint)
 
 
-def _tenant(system: str) -> str:
-    return system.replace(" ", "-")
-
-
-async def _send(engine: Engine, texts: Iterator[str]) -> None:
-    """Requests that are not measured, to the tenant that may use the store."""
-
-    async def client() -> None:
-        for text in texts:
-            await engine.embed(_tenant("sequence store"), [text], truncate=True)
-
-    await asyncio.gather(*(client() for _ in range(64)))
+def _own_table(backbone: Backbone, texts: Sequence[str], path: Path) -> str:
+    assert backbone.skip is not None
+    device = torch.device("cpu")
+    local = LocalLayers(Encoder(backbone.config, backbone.weights, resolve_dtype("auto"), device), backbone.skip)
+    counts = NgramCounts()
+    count_texts(texts, Tokenizer.load(backbone.folder, backbone.config), backbone.config.max_length, counts)
+    build_table(path, local, counts, min_count=1)
+    return str(path)
 
 
 async def _take_turns(
-    engine: Engine, args: argparse.Namespace, texts: Iterator[str], case: dict[str, Any]
+    every: list[Served], args: argparse.Namespace, texts: Iterator[str], case: dict[str, Any]
 ) -> list[dict[str, Any]]:
     rows = []
     for clients in args.concurrency:
-        seen = {name: Seen() for name in SYSTEMS}
+        for served in every:
+            served.seen = Seen()
         count = args.requests if clients > 1 else max(1, args.requests // 8)
         for done in range(args.rounds):
             work = list(itertools.islice(texts, count))
             if not work:
                 break
-            for name in SYSTEMS[done % 2 :] + SYSTEMS[: done % 2]:
-                await _turn(engine, name, work, clients, seen[name])
-            await _check(engine, work[: _CHECKED // args.rounds])
-        rss = memory_mib()
-        rows += [case | {"system": name, "concurrency": clients} | s.row() | rss for name, s in seen.items() if s.rates]
+            first = done % len(every)
+            for served in every[first:] + every[:first]:
+                await served.turn(work, clients)
+            await _check(every, work[: _CHECKED // args.rounds])
+        shown = [served for served in every if served.seen.rates]
+        rows += [case | {"system": s.system.name, "concurrency": clients} | s.seen.row() | memory_mib() for s in shown]
     return rows
 
 
-async def _turn(engine: Engine, system: str, work: Sequence[str], clients: int, seen: Seen) -> None:
-    before = engine.snapshot().sequences
-    todo = iter(work)
-    begin = time.perf_counter()
-
-    async def client() -> None:
-        for text in todo:
-            sent = time.perf_counter()
-            await engine.embed(_tenant(system), [text], truncate=True)
-            seen.latencies.append(time.perf_counter() - sent)
-
-    await asyncio.gather(*(client() for _ in range(clients)))
-    seen.rates.append(len(work) / (time.perf_counter() - begin))
-    after = engine.snapshot().sequences
-    seen.hits += sum(after[event] - before[event] for event in ("hits", "shared"))
-    seen.asked += sum(after[event] - before[event] for event in ("hits", "shared", "misses"))
-
-
-async def _check(engine: Engine, work: Sequence[str]) -> None:
-    """Both answer alike, the one from the store by now."""
-    plain, stored = [(await engine.embed(_tenant(name), work, truncate=True)).embeddings for name in SYSTEMS]
-    if not (worst := float(np.abs(plain - stored).max())) <= TOLERANCE:
-        raise SelfTestFailed(f"an answer with the sequence store differs by {worst:.3g}")
+async def _check(every: Sequence[Served], work: Sequence[str]) -> None:
+    """Those that should answer alike do."""
+    answers = {served.system.name: (await served.ask(work)).embeddings for served in every}
+    for served in every:
+        system = served.system
+        if system.same_as:
+            tolerance = HALF_TOLERANCE if system.ngrams else TOLERANCE
+            worst = float(np.abs(answers[system.name] - answers[system.same_as]).max())
+            if not worst <= tolerance:
+                raise SelfTestFailed(f"an answer of {system.name} differs from {system.same_as} by {worst:.3g}")
 
 
 def _zipf(texts: Sequence[str], rng: np.random.Generator) -> Iterator[str]:

@@ -6,7 +6,7 @@ Tags are judged word by word: the tag of a word is that of its first token; a wo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, chain
 
 import torch
@@ -14,9 +14,20 @@ from torch import Tensor
 
 from training.batches import Dataset
 from training.data import Example
-from training.model import TenantModel
+from training.model import PaddedBatch, TenantModel
 
-__all__ = ["accuracy", "evaluate", "macro_f1", "main_metric", "pearson", "predict", "span_f1", "spans", "spearman"]
+__all__ = [
+    "accuracy",
+    "evaluate",
+    "evaluate_with",
+    "macro_f1",
+    "main_metric",
+    "pearson",
+    "predict",
+    "span_f1",
+    "spans",
+    "spearman",
+]
 
 _BATCH = 64
 
@@ -30,7 +41,14 @@ def main_metric(task: str, labels: Sequence[str]) -> str:
 
 def evaluate(model: TenantModel, data: Dataset, path: str = "plain") -> dict[str, float]:
     """All metrics of the model's task, by name. path: one of the model's."""
-    outputs, labels = predict(model, data, path), model.head.labels
+    return evaluate_with(model, data, model, path)
+
+
+def evaluate_with(
+    model: TenantModel, data: Dataset, forward: Callable[[PaddedBatch], Tensor], path: str
+) -> dict[str, float]:
+    """The same of what another forward gives for the batches of that path."""
+    outputs, labels = predict(model, data, forward, path), model.head.labels
     if model.head.problem == "regression":
         numbers, gold = [float(output) for output in outputs], [float(example.target) for example in data.examples]
         return {"pearson": pearson(numbers, gold), "spearman": spearman(numbers, gold)}
@@ -45,12 +63,15 @@ def evaluate(model: TenantModel, data: Dataset, path: str = "plain") -> dict[str
 
 
 @torch.no_grad()
-def predict(model: TenantModel, data: Dataset, path: str = "plain") -> list[Tensor]:
+def predict(
+    model: TenantModel, data: Dataset, forward: Callable[[PaddedBatch], Tensor] | None = None, path: str = "plain"
+) -> list[Tensor]:
     """Head outputs of each example in order, on the host: [C], or [n, C] of a token head."""
     model.eval()
+    forward = forward or model
     outputs: dict[int, Tensor] = {}
     for indices in data.by_length(_BATCH):
-        for i, output in zip(indices, model(data.batch(indices, model.device, path)[0]).cpu(), strict=True):
+        for i, output in zip(indices, forward(data.batch(indices, model.device, path)[0]).cpu(), strict=True):
             outputs[i] = output[: data.lengths[i]] if model.head.kind == "token_classify" else output
     return [outputs[i] for i in range(len(data))]
 

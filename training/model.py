@@ -89,6 +89,13 @@ class TenantModel(nn.Module):
         output: Tensor = self.head(hidden, batch.mask)
         return output
 
+    def mean_states(self, batch: PaddedBatch) -> Tensor:
+        """[B, H]: the mean of the last states of each sequence, before any head. For a model without deltas."""
+        hidden, first = (self._embed(batch), 0) if batch.path == "plain" else self._skipped(batch)
+        hidden = self._layers(hidden, batch.mask, first, self.config.num_layers)
+        weights = batch.mask[..., None].to(hidden.dtype)
+        return (hidden * weights).sum(1) / weights.sum(1)
+
     def frozen_rows(self, batch: PaddedBatch) -> PaddedBatch:
         """What no training step changes: the states below the lowest delta, pooled already where there is no delta.
 

@@ -182,7 +182,7 @@ class NgramLower(_MergingLower):
         super().__init__(backbone, layers, self.slots)
 
     def forward(self, batch: Batch, kept: Tensor | None) -> Tensor:
-        """kept: [B, n], how many tokens of the n-gram around each are looked at: 3, 2 without the left one, 1."""
+        """kept: [B, n], how many tokens of the n-gram around each are looked at: 3, 2 without the left one, 1, or 0."""
         grams, inverse = self.ngrams(batch, kept)
         rows = self.encode(grams)[inverse] * batch.mask[..., None, None]  # [B, n, s, H]
         if self.slots == 1:
@@ -198,7 +198,7 @@ class NgramLower(_MergingLower):
         if self.slots == 3:
             left, right = F.pad(ids, (1, 0))[:, :-1], F.pad(ids, (0, 1))[:, 1:]
             if kept is not None:
-                left, right = left * (kept > 2), right * (kept > 1)
+                left, right, ids = left * (kept > 2), right * (kept > 1), ids * (kept > 0)
             ids = (left << 42) | (ids << 21) | right
         ids = torch.where(batch.mask, ids, ids[0, 0])
         distinct, inverse = torch.unique(ids, return_inverse=True)

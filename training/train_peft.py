@@ -24,7 +24,7 @@ from vbert.errors import ConfigError
 from vbert.formats.transformers_folder import Backbone, read_backbone
 from vbert.tokenizer import Tokenizer
 
-__all__ = ["TrainConfig", "TrainReport", "read_recipe", "run"]
+__all__ = ["TrainConfig", "TrainReport", "fit_settings", "read_recipe", "run"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +76,7 @@ def run(config: TrainConfig, *, progress: Progress = silent) -> TrainReport:
     def dev_metric() -> float:
         return fmean(evaluate(model, dev, path)[metric] for path in model.paths)
 
-    fitted = fit(model, train, dev_metric, _fit_settings(config), progress)
+    fitted = fit(model, train, dev_metric, fit_settings(config), progress)
     measured = {"dev": dev} | ({"test": parts["test"]} if "test" in parts else {})
     by_path = {path: {name: evaluate(model, data, path) for name, data in measured.items()} for path in model.paths}
     results = by_path[model.paths[0]]
@@ -149,7 +149,7 @@ def _device(config: TrainConfig) -> torch.device:
     return torch.device(config.device)
 
 
-def _fit_settings(config: TrainConfig) -> FitSettings:
+def fit_settings(config: TrainConfig) -> FitSettings:
     return FitSettings(**{each.name: getattr(config, each.name) for each in fields(FitSettings)})
 
 

@@ -1,0 +1,253 @@
+"""What does skipping lose? `vbert bench skip_quality --data DIR --teacher FOLDER [--skip NAME=FOLDER ...] [--append]`
+
+STS-B (Spearman's correlation of the cosine of two embeddings, without any training) and tenants with a LoRA in the upper
+layers, trained and tested on labelled sets, on the teacher and on each skip backbone (`vbert distill`), by path:
+
+- *plain*: the teacher, or the plain way of a folder whose tenants are trained for all its paths at once;
+- *exact*: whole n-grams, which is `compute` as well; a plain shallower encoder has only this one;
+- *backoff N D*: nothing computed, a table of the N most frequent n-grams of --texts, and where they have none, n-grams
+  down to D tokens.
+
+Training and testing run on the trainer's own forward, in float32; the served one is tested to give the same numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import itertools
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.machine import Neighbours, commit, describe
+from benchmarks.report import output_flags, publish
+from training.batches import Dataset
+from training.build import build_model
+from training.config import TrainConfig, read_recipe
+from training.data import label_names, read_rows, tokenise
+from training.evaluate import evaluate_with, main_metric, spearman
+from training.loop import FitSettings, fit
+from training.model import PaddedBatch, TenantModel
+from training.progress import silent
+from training.texts import read_texts
+from training.train_peft import fit_settings
+from vbert.errors import ConfigError
+from vbert.formats.transformers_folder import Backbone, read_backbone
+from vbert.ngram.counting import NgramCounts, head
+from vbert.ngram.index import build_index, look_up, ngram_keys
+from vbert.tables import count_texts
+from vbert.tokenizer import Tokenizer
+
+__all__ = ["main"]
+
+SETS = ("banking77", "clinc150", "trec", "sst2", "ag_news", "mrpc", "qnli", "snips", "atis", "wnut17", "cola", "rte")
+TOKEN_SETS = ("wnut17",)
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Table:
+    """Which n-grams are stored: an index without rows."""
+
+    def __init__(self, counts: NgramCounts, entries: int) -> None:
+        keys, how_often = counts.result()
+        keys, _ = head(keys, how_often, max_entries=entries, min_count=1)
+        self._index, self.entries = build_index(keys), len(keys)
+
+    def kept(self, batch: PaddedBatch, depth: int) -> Tensor:
+        """[B, n] tokens of the stored n-gram around each token, 0 where there is none."""
+        assert batch.token_ids is not None
+        lengths = batch.mask.sum(1).numpy()
+        cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        _, found = look_up(ngram_keys(batch.token_ids[batch.mask].numpy(), cu_seqlens), self._index, depth)
+        kept = torch.zeros(batch.mask.shape, dtype=torch.int64)
+        kept[batch.mask] = torch.from_numpy(found.astype(np.int64))
+        return kept
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _parse(argv)
+    neighbours = Neighbours()
+    backbones = {"teacher": read_backbone(args.teacher)}
+    for item in args.skip:
+        name, _, folder = item.partition("=")
+        if not folder:
+            raise ConfigError(f"skip has {item!r}; write NAME=FOLDER")
+        backbones[name] = read_backbone(folder)
+    rows: list[dict[str, Any]] = []
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        work = list(itertools.product(backbones, ("stsb", *args.sets), args.seeds))
+        task = bar.add_task("skip_quality", total=len(work))
+        tables = _tables(args, backbones)
+        for name, data, seed in work:
+            bar.update(task, description=f"{name}: {data}, seed {seed}")
+            if data != "stsb":
+                rows += [_told(name, data, seed, row) for row in _tenant(args, backbones[name], data, seed, tables)]
+            elif seed == args.seeds[0]:
+                rows += [_told(name, data, seed, row) for row in _stsb(args, backbones[name], tables)]
+            bar.advance(task)
+    result = {
+        "benchmark": "skip_quality",
+        "machine": describe() | neighbours.report(),
+        "commit": commit(),
+        "config": {"max_train_rows": args.max_train_rows, "epochs": args.epochs, "backbone": Path(args.teacher).name}
+        | {"distilled": {name: _distilled(backbone) for name, backbone in backbones.items()}},
+        "rows": rows,
+    }
+    publish(result, args)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="vbert bench skip_quality", description=__doc__)
+    output_flags(parser)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--teacher", required=True, metavar="FOLDER")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--sets", nargs="*", default=list(SETS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--texts", nargs="+", default=[], help="corpus of the tables that backoff is measured with")
+    parser.add_argument("--entries", type=int, nargs="+", default=[100_000, 1_000_000], help="sizes of these")
+    parser.add_argument("--depths", type=int, nargs="+", default=[1], help="tokens of the shortest n-gram taken")
+    parser.add_argument("--top-layers", type=int, default=3, help="layers with a LoRA where there is no skip part")
+    parser.add_argument("--max-train-rows", type=int, default=3000)
+    parser.add_argument("--epochs", type=int, default=3)
+    return parser.parse_args(argv)
+
+
+def _told(name: str, data: str, seed: int, row: dict[str, Any]) -> dict[str, Any]:
+    return {"system": name, "set": data, "seed": seed} | row
+
+
+def _distilled(backbone: Backbone) -> dict[str, Any] | None:
+    path = backbone.folder / "distilled.json"
+    return None if not path.is_file() else json.loads(path.read_text())["settings"]
+
+
+def _tables(args: argparse.Namespace, backbones: dict[str, Backbone]) -> dict[int, Table]:
+    """By size; of no size where nothing can back off."""
+    if not args.texts or all(backbone.skip is None for backbone in backbones.values()):
+        return {}
+    teacher = backbones["teacher"]
+    counts = NgramCounts()
+    tokenizer = Tokenizer.load(teacher.folder, teacher.config)
+    for file in args.texts:
+        count_texts(read_texts(file), tokenizer, 128, counts)
+    return {size: Table(counts, size) for size in args.entries}
+
+
+def _ways(backbone: Backbone, tables: dict[int, Table], depths: Sequence[int]) -> Iterator[tuple[str, str, Any]]:
+    """Path to test, its name, and what it keeps of n-grams."""
+    skip = backbone.skip
+    if skip is None or skip.config.first_layer:
+        yield "plain", "plain", None
+    if skip is not None:
+        yield "exact", "exact", None
+        for size, depth in itertools.product(tables, depths):
+            yield "backoff", f"backoff {size} {depth}", (tables[size], depth)
+
+
+# ---- tenants -------------------------------------------------------------------------------------------------------
+
+
+def _tenant(
+    args: argparse.Namespace, backbone: Backbone, data: str, seed: int, tables: dict[int, Table]
+) -> Iterator[dict[str, Any]]:
+    """Trained for every path of its backbone, tested on each."""
+    task = "token_classify" if data in TOKEN_SETS else "classify"
+    config = _config(args, backbone, data, task, seed, bool(tables))
+    rows = {part: read_rows(args.data / data / f"{part}.jsonl.gz", task) for part in ("train", "dev", "test")}
+    labels = label_names(rows["train"])
+    order = torch.randperm(len(rows["train"]), generator=torch.Generator().manual_seed(seed)).tolist()
+    rows["train"] = [rows["train"][i] for i in order[: args.max_train_rows]]
+    tokenizer = Tokenizer.load(backbone.folder, backbone.config)
+    parts = {name: Dataset(tokenise(part, tokenizer, labels, config.max_length)) for name, part in rows.items()}
+    model, metric = build_model(config, backbone, labels), main_metric(task, labels)
+    train, dev = (parts[name].frozen(model, config.frozen_cache_bytes) for name in ("train", "dev"))
+
+    def dev_metric() -> float:
+        return float(np.mean([evaluate_with(model, dev, model, path)[metric] for path in model.paths]))
+
+    settings: FitSettings = fit_settings(config)
+    fitted = fit(model, train, dev_metric, settings, silent)
+    for path, name, stored in _ways(backbone, tables, args.depths):
+        found = evaluate_with(model, parts["test"], _forward(model, stored), path)
+        yield {"path": name, "trained_for": list(model.paths), "metric": metric, "value": round(found[metric], 5)} | {
+            "dev": round(max(fitted.dev_metrics), 5)
+        }
+
+
+def _config(
+    args: argparse.Namespace, backbone: Backbone, data: str, task: str, seed: int, backs_off: bool
+) -> TrainConfig:
+    skip, layers = backbone.skip, backbone.config.num_layers
+    paths = [path for path, _, _ in _ways(backbone, {}, ())] + (["backoff"] if backs_off and skip is not None else [])
+    top = layers - skip.config.first_layer if skip is not None else 0
+    recipe = read_recipe(ROOT / "training/recipes/lora.toml") | {"epochs": args.epochs, "seed": seed, "task": task}
+    return TrainConfig(
+        **recipe
+        | {
+            "backbone": str(backbone.folder),
+            "train": str(args.data / data / "train.jsonl.gz"),
+            "out": str(Path(tempfile.gettempdir()) / "unused.safetensors"),
+            "paths": tuple(paths),
+            "top_layers": top or min(layers, args.top_layers),
+        }
+    )
+
+
+def _forward(model: TenantModel, stored: tuple[Table, int] | None) -> Any:
+    if stored is None:
+        return model
+    table, depth = stored
+    return lambda batch: model(replace(batch, kept=table.kept(batch, depth)))
+
+
+# ---- sentence similarity -------------------------------------------------------------------------------------------
+
+
+def _stsb(args: argparse.Namespace, backbone: Backbone, tables: dict[int, Table]) -> Iterator[dict[str, Any]]:
+    with gzip.open(args.data / "stsb" / "test.jsonl.gz", "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    config = _config(args, backbone, "stsb", "classify", 0, bool(tables))
+    model = build_model(replace(config, method="head", paths=config.paths), backbone, ("a", "b")).eval()
+    tokenizer = Tokenizer.load(backbone.folder, backbone.config)
+    for path, name, stored in _ways(backbone, tables, args.depths):
+        first, second = (
+            _embedded(model, tokenizer, [row[part] for row in rows], path, stored) for part in ("text", "text_b")
+        )
+        value = spearman((first * second).sum(1).tolist(), [float(row["label"]) for row in rows])
+        yield {"path": name, "trained_for": [], "metric": "spearman", "value": round(value, 5)}
+
+
+@torch.no_grad()
+def _embedded(
+    model: TenantModel, tokenizer: Tokenizer, texts: Sequence[str], path: str, stored: tuple[Table, int] | None
+) -> Tensor:
+    """[N, H], normalised mean states."""
+    encoded = tokenizer.encode(texts, max_length=128, offsets=False)
+    order = sorted(range(len(texts)), key=lambda i: len(encoded[i].token_ids))
+    out = torch.empty(len(texts), model.config.hidden_size)
+    for begin in range(0, len(order), 64):
+        chosen = order[begin : begin + 64]
+        longest = len(encoded[chosen[-1]].token_ids)
+        mask = torch.tensor([[j < len(encoded[i].token_ids) for j in range(longest)] for i in chosen])
+        ids = torch.tensor([encoded[i].token_ids + [0] * (longest - len(encoded[i].token_ids)) for i in chosen])
+        batch = PaddedBatch(mask=mask, token_ids=ids, type_ids=ids * 0, path=path)
+        if stored is not None:
+            batch = replace(batch, kept=stored[0].kept(batch, stored[1]))
+        out[chosen] = model.mean_states(batch)
+    return F.normalize(out)
+
+
+if __name__ == "__main__":
+    main()
