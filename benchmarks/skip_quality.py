@@ -1,6 +1,6 @@
 """What does skipping lose? `vbert bench skip_quality --data DIR --teacher FOLDER [--skip NAME=FOLDER ...] [--append]`
 
-STS-B (Spearman's correlation of the cosine of two embeddings, without any training) and tenants with a LoRA in the upper
+STS-B (Spearman's correlation of the cosine of two embeddings, nothing trained) and tenants with a LoRA in the upper
 layers, trained and tested on labelled sets, on the teacher and on each skip backbone (`vbert distill`), by path:
 
 - *plain*: the teacher, or the plain way of a folder whose tenants are trained for all its paths at once;

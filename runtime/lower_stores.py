@@ -90,7 +90,7 @@ class LowerStores:
         if self.sequences is not None and routes.found is not None:
             self.sequences.forget(routes.found)
         if self.ngrams is not None and routes.skipped is not None:
-            self.ngrams.forget()
+            self.ngrams.forget(routes.skipped)
 
 
 def without_stores(sequence: SequenceInput) -> SequenceInput:

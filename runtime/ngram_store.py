@@ -202,11 +202,11 @@ class NgramStore:
             self.counters.inserted += len(self._cache) - before + evicted
             self.counters.evicted += evicted
 
-    def forget(self) -> None:
-        """Drop what was computed: a batch failed, and it may be why."""
+    def forget(self, skipped: Skipped) -> None:
+        """Drop kept n-grams that a batch was given: it failed, and they may be why."""
         if self._cache is not None:
             with self.lock:
-                self._cache.clear()
+                self._cache.discard(skipped.entry.tokens.keys)
 
     # ---- under the lock ----------------------------------------------------------------------------------------------
 

@@ -65,7 +65,9 @@ def fit(
             model.train()
             total = 0.0
             for batch_idx, indices in enumerate(train.shuffled(settings.batch_size, generator)):
-                path = model.paths[int(torch.randint(len(model.paths), (), generator=generator))]
+                path = model.paths[0]
+                if len(model.paths) > 1:
+                    path = model.paths[int(torch.randint(len(model.paths), (), generator=generator))]
                 total += _step(model, train, indices, path, optimizer, schedule, settings) * len(indices)
                 done = epoch * (num_steps // settings.epochs) + batch_idx + 1
                 progress(f"training: epoch {epoch + 1}/{settings.epochs}{_shown(losses, metrics)}", done, num_steps)

@@ -156,7 +156,6 @@ class FakeEngine:
             memory_bytes={"backbone": 9, "modules": 7},
             sequences={"hits": 3},
             ngrams={"trigrams": 5},
-            paths={"plain": 2},
             resident_modules=1,
             module_budget_bytes=100,
             loading_modules=0,

@@ -158,15 +158,22 @@ def test_another_thread_may_run_between_any_two_items_of_a_body(body, items):
 async def test_terms_reach_the_engine():
     engine = FakeEngine()
     async with served(engine) as client:
-        body = M | {"input": "x", "truncate": True, "timeout_ms": 250, "user": "someone", "dimensions": 4}
+        body = M | {
+            "input": "x",
+            "truncate": True,
+            "timeout_ms": 250,
+            "path": "exact",
+            "user": "someone",
+            "dimensions": 4,
+        }
         assert (await client.ask("POST", EMBED, json=body)).status == 200
         assert (await client.ask("POST", EMBED, json=M | {"input": "x", "timeout_ms": None})).status == 200
         rerank = M | {"query": "q", "documents": ["a", "b"], "top_n": 1}
         assert len((await client.ask("POST", "/v1/rerank", json=rerank)).json["results"]) == 1
     terms = [keywords for _, _, keywords in engine.calls]
-    assert terms[0] == {"inputs": ["x"], "truncate": True, "deadline_s": 0.25, "caller": "local"}
-    assert terms[1] == {"inputs": ["x"], "truncate": False, "deadline_s": None, "caller": "local"}
-    assert terms[2] == {"top_n": 1, "truncate": False, "deadline_s": None, "caller": "local"}
+    assert terms[0] == {"inputs": ["x"], "truncate": True, "deadline_s": 0.25, "path": "exact", "caller": "local"}
+    assert terms[1] == {"inputs": ["x"], "truncate": False, "deadline_s": None, "path": None, "caller": "local"}
+    assert terms[2] == {"top_n": 1, "truncate": False, "deadline_s": None, "path": None, "caller": "local"}
 
 
 async def test_numbers_that_json_does_not_have_are_a_failure():

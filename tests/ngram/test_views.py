@@ -85,8 +85,12 @@ def test_the_cache_keeps_what_is_used_and_gives_back_what_it_was_given() -> None
         assert len(cache) <= 64
     assert evicted > 100
     assert (cache.find(keys_of([1, 2])) >= 0).all()  # the most frequent ones
-    cache.clear()
-    assert cache.find(keys_of([1, 2])).tolist() == [-1, -1]
+    cache.discard(keys_of([1, 999]))
+    assert (cache.find(keys_of([1, 2])) >= 0).tolist() == [False, True]
+    cache.insert(keys_of([1]), rows_of([1]))
+    out = torch.zeros(2, 4)
+    cache.add_views(cache.find(keys_of([1, 2])), np.arange(3), out)
+    assert out[:, 0].tolist() == [1.0, 2.0]
 
 
 def test_the_cache_takes_more_at_once_than_it_holds_and_nothing_that_is_not_finite() -> None:

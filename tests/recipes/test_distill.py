@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 import training.distill_lower_layers as distill
 from tests.tiny import TEXTS, tiny_backbone
+from training.config import read_recipe
 from training.distill_config import DistillConfig
 from training.skip_student import SkipStudent, hashed_kept, random_kept, read_lower
 from training.texts import Texts, draw, read_texts
@@ -19,6 +21,8 @@ from vbert.errors import BadRequest, ConfigError
 from vbert.formats.transformers_folder import read_backbone
 from vbert.reference import dense_forward, dense_hidden
 from vbert.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -213,3 +217,13 @@ def test_shortening_takes_the_share_it_was_asked_for():
         assert float((kept < 3).float().mean()) == pytest.approx(0.6, abs=0.03)
         assert float((kept == 1).float().mean()) == pytest.approx(0.2, abs=0.03)
     assert torch.equal(hashed_kept(batch, 0.6), hashed_kept(batch, 0.6))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "training/recipes/distill").glob("*.toml")), ids=lambda path: path.stem)
+def test_recipes_are_of_the_shape_they_are_named_after(path):
+    settings = read_recipe(path, DistillConfig)
+    config = DistillConfig(**settings, backbone="x", texts=("x",), out="x")
+    name, _, layers = path.stem.rpartition("-")
+    shape = config.shape({"minilm-l6": 6, "e5-12l": 12}[name])
+    assert f"{shape.lower}+{len(shape.upper)}" == layers
+    assert config.teacher_states(shape)[-1] == {"minilm-l6": 6, "e5-12l": 12}[name]

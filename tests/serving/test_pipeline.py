@@ -77,7 +77,7 @@ def tenants(backbone, factory, tmp_path):
 
 async def run(pipeline, sequences):
     done = asyncio.get_running_loop().create_future()
-    pipeline.launch(sequences, lambda outcomes, seconds: done.set_result(outcomes))
+    pipeline.launch(sequences, lambda computed: done.set_result(computed.outcomes))
     return await done
 
 
@@ -210,7 +210,7 @@ async def test_who_left_before_the_batch_began_is_not_computed(pipeline, model, 
     model.raises = {resident[1][1].digest}  # whose callers left
     done = asyncio.get_running_loop().create_future()
     keep = [True, True, False, False, True, True]
-    pipeline.launch(wanted, lambda outcomes, seconds: done.set_result(outcomes), lambda: keep)
+    pipeline.launch(wanted, lambda computed: done.set_result(computed.outcomes), lambda: keep)
     outcomes = await done
     assert [isinstance(outcome, torch.Tensor) for outcome in outcomes] == keep
     model.raises = frozenset()
@@ -222,8 +222,9 @@ async def test_a_batch_that_nobody_waits_for_costs_nothing(pipeline, model, tena
     _, resident = tenants
     model.raises = {tenant.digest for _, tenant in resident}
     done = asyncio.get_running_loop().create_future()
-    pipeline.launch(sequences(resident), lambda outcomes, s: done.set_result((outcomes, s)), lambda: [False] * 6)
-    outcomes, compute_s = await done
+    pipeline.launch(sequences(resident), done.set_result, lambda: [False] * 6)
+    computed = await done
+    outcomes, compute_s = computed.outcomes, computed.compute_s
     assert len(outcomes) == 6
     assert compute_s == 0
     assert pipeline.tokens_per_s(100) is None

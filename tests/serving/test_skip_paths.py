@@ -322,14 +322,19 @@ async def test_a_failed_batch_is_computed_again_by_the_same_paths(world, on_skip
         launch, failed = forwards._model.launch, []
 
         def fail_once(batch, feed=None):
-            if not failed:
-                failed.append(True)
-                raise RuntimeError("a cosmic ray")
-            return launch(batch, feed)
+            finish = launch(batch, feed)
+            if failed:
+                return finish
+            failed.append(True)
+            return lambda: [output * float("nan") for output in finish()]
 
         monkeypatch.setattr(forwards._model, "launch", fail_once)
+        dropped = []
+        monkeypatch.setattr(engine._core.parts.stores.ngrams._cache, "discard", dropped.append)
         after = await asyncio.gather(*(engine.classify(name, [TEXTS[3]]) for name in modules))
         assert failed
+        assert len(dropped) == 1
+        assert {*dropped[0].tolist()} == {*world.keys([TEXTS[3]]).tolist()}
         assert after[1].paths == ("backoff",)
         assert after[0].paths == (("plain",) if "plain" in world.paths else ("compute",))
         np.testing.assert_allclose(after[1].probabilities, before[1].probabilities, **CLOSE)

@@ -47,6 +47,8 @@ def read_skip(folder: Path, encoder: EncoderConfig, encoder_fingerprint: str) ->
         raise RefusedCheckpoint(f"{folder}: local layers of a {encoder.model_type} encoder are not served")
     if config.first_layer >= encoder.num_layers:
         raise CorruptFile(f"{path}: first_layer is {config.first_layer}, the encoder has {encoder.num_layers} layers")
+    if config.max_length < encoder.max_length:
+        raise CorruptFile(f"{path}: max_length is {config.max_length}, the encoder takes {encoder.max_length} tokens")
     weights, shapes = read_tensors([folder / _TENSORS]), skip_shapes(config, encoder)
     if weights.keys() != shapes.keys():
         odd = sorted(weights.keys() ^ shapes.keys())[0]

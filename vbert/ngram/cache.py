@@ -76,12 +76,12 @@ class NgramCache:
         self._rows[torch.from_numpy(places)] = rows[torch.from_numpy(new)].half()
         return int(evicted)
 
-    def clear(self) -> None:
-        """Forget all rows: something may be wrong with them."""
-        self._index[:] = 0
-        self._keys[:] = 0
-        self._used[:] = 0
-        self._hand = self._filled = 0
+    def discard(self, keys: Keys) -> None:
+        """Forget these n-grams, where they are: something may be wrong with their rows."""
+        distinct = np.unique(keys)
+        rows = find_rows(distinct, self._index)
+        _remove(distinct[rows >= 0], self._index)
+        self._keys[rows[rows >= 0]] = 0  # the hand gives these rows to others when it comes by
 
 
 @numba.njit(nogil=True, cache=True)
@@ -92,6 +92,12 @@ def _see(keys, seen, again):  # type: ignore[no-untyped-def]
         place, tag = (mixed >> np.uint64(32)) & mask, np.uint32(mixed & np.uint64(0xFFFFFFFF)) | np.uint32(1)
         again[i] = seen[place] == tag
         seen[place] = tag
+
+
+@numba.njit(nogil=True, cache=True)
+def _remove(keys, index):  # type: ignore[no-untyped-def]
+    for i in range(len(keys)):
+        remove_key(keys[i], index)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -110,8 +116,9 @@ def _replace(new, index, keys, used, hand, filled, places):  # type: ignore[no-u
                 hand = (hand + 1) % len(keys)
             row = hand
             hand = (hand + 1) % len(keys)
-            remove_key(keys[row], index)
-            evicted += 1
+            if keys[row] != 0:
+                remove_key(keys[row], index)
+                evicted += 1
         keys[row], used[row], places[i] = new[i], 2, row
         insert_key(new[i], row, index)
     for i in range(len(new)):
