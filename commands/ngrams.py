@@ -83,7 +83,7 @@ def _build(args: argparse.Namespace) -> None:
         if not num_texts:
             raise Wrong(f"{', '.join(args.texts)}: no text at all; give files that have some")
         device = resolve_device(args.device)
-        encoder = Encoder(backbone.config, backbone.weights, resolve_dtype("auto", device), device)
+        encoder = Encoder(backbone.config, backbone.weights, resolve_dtype("float32", device), device)
         local = LocalLayers(encoder, backbone.skip)
         entries = build_table(args.out, local, counts, told=progress, **_kept(args))
     _show_table(args, texts=num_texts, occurrences=counts.num_occurrences, forgotten=counts.forgotten, entries=entries)

@@ -21,6 +21,7 @@ _MAY_BE_ZERO = {
     "sequence_disk_bytes",
     "sequence_layer",
     "ngram_cache_bytes",
+    "max_backoff",
 }
 
 
@@ -60,7 +61,7 @@ class EngineConfig:
     sequence_disk_bytes: int = option(0, "bytes of a file behind them, in the store's folder; it ends with the process")
     sequence_layer: int = option(0, "the layer they enter: tenants that change none below it use them; 0: half of all")
     sequence_sharing: tuple[str, ...] = option(
-        (), "PATTERN=shared, own or off, by tenant, the first that fits: who may share kept texts; else all do"
+        (), "PATTERN=shared, own or off, by tenant, the first that fits: who shares kept texts and n-grams; else all do"
     )
     ngrams: tuple[str, ...] = option(
         (), "files of `vbert ngrams`, for a skip backbone: FILE for all tenants, DOMAIN=FILE for those of a domain"
@@ -70,6 +71,9 @@ class EngineConfig:
     )
     ngram_cache_bytes: int = option(
         0, "bytes for n-grams that no file has and that came twice, with a skip backbone; 0: none are kept"
+    )
+    max_backoff: float = option(
+        0.5, "part of a text's n-grams that path auto may replace by shorter ones, for tenants trained for backoff"
     )
     paths: tuple[str, ...] = option(
         (), "PATTERN=auto, plain, exact, compute or backoff, by tenant: how texts pass a skip backbone; else auto"
@@ -105,7 +109,9 @@ class EngineConfig:
         if self.lanes != ("none",) and (not self.lanes or set(self.lanes) - {"rows", "modules", "compute"}):
             raise ConfigError(f"lanes is {','.join(self.lanes)!r}; give some of rows, modules and compute, or none")
         SequenceSharing(self.sequence_sharing)
-        PathRules(self.paths, self.ngram_domains, [domain for domain in table_files(self.ngrams) if domain])
+        PathRules(self.paths, self.ngram_domains, table_files(self.ngrams))
+        if not 0 <= self.max_backoff <= 1:
+            raise ConfigError(f"max_backoff is {self.max_backoff}; give a share from 0 to 1")
         if self.cuda_graphs not in ("on", "off"):
             raise ConfigError(f"cuda_graphs is {self.cuda_graphs!r}; use on or off")
         if self.word_rows not in ("memory", "mapped"):

@@ -63,7 +63,7 @@ class Core:
         threads = ThreadChoice.of_lane(config.compute_threads, usable_cores(), log_collapse)
         throughput = Throughput(parts.cost.forward_s if parts.cost else None)
         self._sharing = SequenceSharing(config.sequence_sharing)
-        self._paths = PathRules(config.paths, config.ngram_domains, list(table_files(config.ngrams)))
+        self._paths = PathRules(config.paths, config.ngram_domains, table_files(config.ngrams))
         self._files = ModuleFiles(parts.store.blob_path)
         self.through = self._through_host(spawn)
         self._forwards = Forwards(
@@ -161,10 +161,10 @@ class Core:
 
     def _scope(self, pending: Pending) -> bytes | None:
         """Canaries and self-tests, which prove that the backbone computes, take no part."""
-        store = self.parts.stores.sequences
-        if store is None or pending.caller == CANARY:
+        if pending.caller == CANARY:
             return None
-        return self._sharing.scope(pending.served.key.tenant, store.salt)
+        store = self.parts.stores.sequences
+        return self._sharing.scope(pending.served.key.tenant, (lambda tenant: b"own") if store is None else store.salt)
 
     def _load_cost(self) -> Callable[[int], float]:
         """Seconds from the disk into host memory by bytes."""

@@ -226,7 +226,9 @@ class Forwards:
         def forget() -> None:
             self._stores.forget(prepared.routes)
 
-        work = prepared.batch.work(self._model.config.num_layers)
+        local = self._model.local
+        local_layers = 0 if local is None else local.config.local_layers
+        work = prepared.batch.work(self._model.config.num_layers, local_layers)
         return _Finish(answers, remember, forget, work, prepared.routes)
 
     @contextmanager
@@ -323,10 +325,11 @@ class Forwards:
         with _told(running.answer):
             if running.out_of_memory:
                 self._model.free_memory()
-            elif running.finish is not None:
-                running.finish.forget()
             groups = groupby(running.sequences, key=lambda sequence: sequence.tenant)
             rerun = [each for _, group in groups for each in self._alone(list(group), running.launch.batch_id)]
+            nobody_is_to_blame = all(isinstance(outcome, Tensor) for outcome, _ in rerun)
+            if running.finish is not None and not running.out_of_memory and nobody_is_to_blame:
+                running.finish.forget()  # so what was stored may be
             # what was issued before something raised still runs and reads modules that may go when this is told
             self._device.compute.synchronize()
             outcomes, paths = [outcome for outcome, _ in rerun], [path for _, path in rerun]

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,6 +52,12 @@ class LaneFeed:
             return self.prepared.entry_rows(self.stream)
 
     def keep_ngrams(self, rows: Tensor) -> None:
+        """Only those that may be kept."""
+        skipped = self.prepared.routes.skipped
+        if skipped is None or not skipped.may_keep.any():
+            return
+        if not skipped.may_keep.all():
+            rows = rows.index_select(0, torch.from_numpy(np.flatnonzero(skipped.may_keep)).to(rows.device))
         self.ngrams = _to_host(rows)
 
     def before_layer(self, i: int) -> None:

@@ -5,7 +5,8 @@ and came again (a cache in memory). The path of a sequence follows from its own 
 never from the others of its batch:
 
 - *exact*: whole n-grams, looked up or computed; when nothing is missing it costs next to nothing;
-- *backoff*: nothing is computed: a missing n-gram is replaced by its right bi-gram, its centre, or nothing;
+- *backoff*: nothing is computed: a missing n-gram is replaced by its right bi-gram, its centre, or nothing; chosen only
+  where each token has something, and not too much is shortened;
 - *compute*: as exact, and nothing is looked up; *plain*: all lower layers, as without a skip part.
 """
 
@@ -71,7 +72,7 @@ class PathCosts:
 @dataclass(frozen=True, slots=True)
 class Skipped:
     """The sequences of a batch that skip, ascending, and what enters for them. may_keep: [m] whether each missing
-    n-gram is worth a place in the cache."""
+    n-gram may go to the cache."""
 
     indices: list[int]
     entry: Entry
@@ -81,10 +82,12 @@ class Skipped:
 @dataclass(frozen=True, slots=True)
 class Routed:
     """paths: [B], what each sequence takes: one of its own. The rest is about candidates, those that may skip: which
-    they are, their tokens, and for each token which source has its n-gram, in which row, of how many tokens."""
+    they are, whether each shares the cache, their tokens, and for each token which source has its n-gram, in which row,
+    of how many tokens."""
 
     paths: list[str]
     candidates: list[int]
+    shares: list[bool]
     tokens: Tokens
     sources: Sequence[_Source]
     source: NDArray[np.int8]
@@ -103,13 +106,15 @@ class NgramStore:
         tables: Mapping[str, Sequence[_Source]],
         cache_bytes: int,
         costs: PathCosts,
+        most_shortened: float = 1.0,
     ) -> None:
-        """tables: by domain, those asked first at the front; the domain "" holds what is asked for all. Raises
-        ConfigError for a cache that holds nothing."""
-        self.config, self._width, self._costs = config, width, costs
+        """tables: by domain, those asked first at the front; the domain "" holds what is asked for all. most_shortened:
+        part of a text's n-grams that `auto` may replace by shorter ones. Raises ConfigError for a cache that holds
+        nothing."""
+        self.config, self._width, self._costs, self._most_shortened = config, width, costs, most_shortened
         self._cache = NgramCache(cache_bytes, width) if cache_bytes else None
-        last: list[_Source] = [*tables.get("", ()), *([] if self._cache is None else [self._cache])]
-        self._sources = {domain: [*own, *last] for domain, own in tables.items() if domain} | {"": last}
+        last: list[_Source] = list(tables.get("", ()))
+        self._tables = {domain: [*own, *last] for domain, own in tables.items() if domain} | {"": last}
         self.counters = NgramCounters()
         self.lock = threading.RLock()
 
@@ -131,20 +136,25 @@ class NgramStore:
         routed = Routed(
             paths=["plain"] * len(sequences),
             candidates=candidates,
+            shares=[sequences[i].scope == b"" for i in candidates],
             tokens=tokens,
             sources=sources,
             source=np.full(total, -1, np.int8),
             row=np.full(total, -1, np.int64),
             kept=np.zeros(total, np.int64),
         )
-        asks = [set(sequences[i].paths) & {"exact", "backoff"} != set() for i in candidates]
-        self._look_up(routed, sequences, np.array(asks), SLOTS)
+        paths = [set(sequences[i].paths) for i in candidates]
+        self._look_up(routed, sequences, np.array([each & {"exact", "backoff"} != set() for each in paths]), SLOTS)
+        backs_off = np.array(["backoff" in each for each in paths])
+        for length in (2, 1) if backs_off.any() else ():
+            self._look_up(routed, sequences, backs_off, length)
         for n, i in enumerate(candidates):
             here = slice(tokens.cu_seqlens[n], tokens.cu_seqlens[n + 1])
             routed.paths[i] = self._path(sequences[i].paths, tokens.keys[here], routed.kept[here])
-        backing_off = np.array([routed.paths[i] == "backoff" for i in candidates])
-        for length in (2, 1) if backing_off.any() else ():
-            self._look_up(routed, sequences, backing_off, length)
+            if routed.paths[i] != "backoff":  # shorter n-grams are of no use to it
+                whole = routed.kept[here] == SLOTS
+                routed.kept[here] *= whole
+                routed.source[here] = np.where(whole, routed.source[here], -1)
         return routed
 
     def skip(self, routed: Routed, leave_out: Sequence[int] = (), *, pin: bool = False) -> Skipped | None:
@@ -166,6 +176,7 @@ class NgramStore:
         paths = [routed.paths[i] for i, taken in zip(routed.candidates, chosen, strict=True) if taken]
         computes = np.repeat([path != "backoff" for path in paths], lengths[chosen])
         stores = np.repeat([path == "exact" for path in paths], lengths[chosen])
+        stores &= np.repeat([routed.shares[n] for n in np.flatnonzero(chosen)], lengths[chosen])
         short = np.repeat([path == "shortened" for path in paths], lengths[chosen])
         keys = (
             shortened(tokens.keys, np.where(short, SLOTS - tokens.positions % SLOTS, SLOTS))
@@ -183,8 +194,7 @@ class NgramStore:
         self._count(kept, computes, len(missing))
         may_keep = np.zeros(len(missing), np.bool_)
         if self._cache is not None and len(missing):
-            asked = np.unique(inverse[stores[to_compute]])  # the others may not be stored, nor remembered as seen
-            may_keep[asked] = self._cache.worth_keeping(missing[asked])
+            may_keep[inverse[stores[to_compute]]] = True
         return Skipped(
             [i for i, taken in zip(routed.candidates, chosen, strict=True) if taken],
             Entry(replace(tokens, keys=keys), rows, missing, which),
@@ -192,14 +202,14 @@ class NgramStore:
         )
 
     def insert(self, skipped: Skipped, rows: Tensor) -> None:
-        """Keep what is worth it of the computed n-grams. rows: [m, 3, H] of `entry.missing`, host memory."""
-        if self._cache is None or not skipped.may_keep.any():
+        """Keep those of the computed n-grams that came before. rows: [n, 3, H], host memory, of those that may be."""
+        if self._cache is None or not len(rows):
             return
-        kept = torch.from_numpy(np.flatnonzero(skipped.may_keep))
+        keys = skipped.entry.missing[skipped.may_keep]
         with self.lock:
-            before = len(self._cache)
-            evicted = self._cache.insert(skipped.entry.missing[skipped.may_keep], rows[kept])
-            self.counters.inserted += len(self._cache) - before + evicted
+            again = self._cache.worth_keeping(keys)
+            inserted, evicted = self._cache.insert(keys[again], rows[torch.from_numpy(np.flatnonzero(again))])
+            self.counters.inserted += inserted
             self.counters.evicted += evicted
 
     def forget(self, skipped: Skipped) -> None:
@@ -213,19 +223,23 @@ class NgramStore:
     def _all_sources(self, sequences: Sequence[SequenceInput], candidates: Sequence[int]) -> list[_Source]:
         """Those of every domain of the batch, each once."""
         found: dict[int, _Source] = {}
-        for domain in dict.fromkeys(sequences[i].domain for i in candidates):
-            found |= {id(source): source for source in self._sources.get(domain, self._sources[""])}
+        for ask in dict.fromkeys(_asking(sequences[i]) for i in candidates):
+            found |= {id(source): source for source in self._sources_of(*ask)}
         return list(found.values())
+
+    def _sources_of(self, domain: str, shares: bool) -> list[_Source]:
+        cache = [] if self._cache is None or not shares else [self._cache]
+        return [*self._tables.get(domain, self._tables[""]), *cache]
 
     def _look_up(
         self, routed: Routed, sequences: Sequence[SequenceInput], asks: NDArray[np.bool_], length: int
     ) -> None:
         """n-grams of so many tokens, for those of the candidates that ask, where nothing was found yet."""
         lengths = np.diff(routed.tokens.cu_seqlens)
-        domains = [sequences[i].domain for i in routed.candidates]
-        for domain in dict.fromkeys(domains):
-            wanted = np.repeat(asks & np.array([each == domain for each in domains]), lengths)
-            for source in self._sources.get(domain, self._sources[""]):
+        asking = [_asking(sequences[i]) for i in routed.candidates]
+        for ask in dict.fromkeys(asking):
+            wanted = np.repeat(asks & np.array([each == ask for each in asking]), lengths)
+            for source in self._sources_of(*ask):
                 left = np.flatnonzero(wanted & (routed.kept == 0))
                 if not len(left):
                     break
@@ -240,15 +254,15 @@ class NgramStore:
         """The cheapest of the paths allowed. keys, kept: of one sequence."""
         if len(allowed) == 1:
             return allowed[0]
-        absent = kept == 0
+        absent = kept < SLOTS
         if "exact" in allowed and not absent.any():
             return "exact"
-        if "backoff" in allowed:
+        if "backoff" in allowed and kept.all() and absent.mean() <= self._most_shortened:
             return "backoff"
         missing = len(np.unique(keys[absent]))
         if "exact" in allowed and ("plain" not in allowed or self._costs.exact_pays(len(keys), missing)):
             return "exact"
-        return "plain" if "plain" in allowed else allowed[0]
+        return "plain" if "plain" in allowed else "backoff"
 
     def _count(self, kept: NDArray[np.int64], computes: NDArray[np.bool_], computed: int) -> None:
         found = np.bincount(kept, minlength=SLOTS + 1)
@@ -257,3 +271,8 @@ class NgramStore:
         self.counters.unigrams += int(found[1])
         self.counters.nothing += int(((kept == 0) & ~computes).sum())
         self.counters.computed += computed
+
+
+def _asking(sequence: SequenceInput) -> tuple[str, bool]:
+    """Whose tables are asked, and whether the cache is."""
+    return sequence.domain, sequence.scope == b""

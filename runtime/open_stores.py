@@ -14,6 +14,7 @@ from vbert.errors import ConfigError
 from vbert.formats.transformers_folder import Backbone
 from vbert.model import Model
 from vbert.ngram.table import NgramTable
+from vbert.ngram.warm_up import warm_up_ngrams
 from vbert.skip import SLOTS, SkipConfig
 
 __all__ = ["open_stores"]
@@ -28,6 +29,10 @@ def open_stores(config: EngineConfig, backbone: Backbone, model: Model, cost: Co
 
 def _sequence_store(config: EngineConfig, model: Model) -> SequenceStore | None:
     skip = None if model.local is None else model.local.config
+    if config.sequence_store_bytes and skip is not None and not skip.first_layer:
+        raise ConfigError(
+            "sequence_store_bytes keeps what plain lower layers give, and this backbone has none; leave it out"
+        )
     layer = config.sequence_layer or (skip.first_layer if skip else max(1, model.config.num_layers // 2))
     if not config.sequence_store_bytes:
         if config.sequence_disk_bytes:
@@ -72,8 +77,26 @@ def _ngram_store(config: EngineConfig, backbone: Backbone, model: Model, cost: C
     for table in (table for every in tables.values() for table in every):
         if table.width != width:
             raise ConfigError(f"{table.path} has rows of {table.width} numbers, the backbone of {width}")
+    for table in tables.get("", ()):
+        if (made_by := table.about.get("encoder", skip.fingerprint)) != skip.fingerprint:
+            raise ConfigError(
+                f"{table.path} was built with local layers adapted to a domain ({made_by[:23]}); give it as DOMAIN=FILE"
+            )
+    warm_up_ngrams()
     costs = _costs(skip.config, model.config.num_layers, cost)
-    return NgramStore(skip.config, width, tables=tables, cache_bytes=config.ngram_cache_bytes, costs=costs)
+    try:
+        return NgramStore(
+            skip.config,
+            width,
+            tables=tables,
+            cache_bytes=config.ngram_cache_bytes,
+            costs=costs,
+            most_shortened=config.max_backoff,
+        )
+    except (RuntimeError, MemoryError) as error:
+        raise ConfigError(
+            f"ngram_cache_bytes {config.ngram_cache_bytes} of memory are not to be had ({error}); lower them"
+        ) from error
 
 
 def _costs(skip: SkipConfig, num_layers: int, cost: CostModel | None) -> PathCosts:

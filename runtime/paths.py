@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from runtime.request import Served
 from runtime.tenant_rules import TenantRules
@@ -17,27 +17,41 @@ _ASKED = ("plain", "exact", "compute", "backoff")
 class PathRules:
     """`--paths` and `--ngram-domains`."""
 
-    def __init__(self, paths: Sequence[str], domains: Sequence[str], known: Sequence[str]) -> None:
-        """known: domains that have tables. Raises ConfigError."""
+    def __init__(self, paths: Sequence[str], domains: Sequence[str], tables: Mapping[str, Sequence[str]]) -> None:
+        """tables: by domain, "" for all. Raises ConfigError."""
         self._paths = TenantRules("paths", paths, (AUTO, *_ASKED))
-        self._domains = TenantRules("ngram_domains", domains, known)
+        self._domains = TenantRules("ngram_domains", domains, [domain for domain in tables if domain])
+        self._tables = tables
 
     def allowed(self, served: Served, asked: str | None) -> tuple[str, ...]:
-        """For `SequenceInput.paths`. asked: what the request says, None where it says nothing; then the rule of its
-        tenant holds, and where that is a path the tenant was not trained for, all of its paths. Raises BadRequest."""
-        trained = served.paths
-        able = (*trained, "compute") if "exact" in trained else trained
-        if asked is None:
-            path = self._paths.value(served.key.tenant, AUTO)
-            return (path,) if path in able else trained
-        if asked == AUTO:
-            return trained
-        if asked not in able:
+        """For `SequenceInput.paths`. asked: what the request says, if anything. Where the operator fixed the path of a
+        tenant, nothing else is allowed. Raises BadRequest."""
+        tenant, able = served.key.tenant, served.paths
+        if "" not in self._tables and self.domain(tenant) not in self._tables:
+            able = tuple(path for path in able if path != "backoff")  # each text would have the same answer
+            if not able:
+                raise BadRequest(
+                    f"{tenant!r} was trained for backoff only, and no n-gram table is served to it; give --ngrams FILE",
+                    param="model",
+                )
+        if "exact" in able:
+            able = (*able, "compute")
+        fixed = self._paths.value(tenant, AUTO)
+        if fixed != AUTO and (fixed not in able or asked not in (None, AUTO, fixed)):
             raise BadRequest(
-                f"path is {asked!r}, {served.key.tenant!r} can take {', '.join(able)}; ask for one of these, or {AUTO}",
+                f"the operator fixed the path {fixed} for {tenant!r}, which can take {', '.join(able)}"
+                + (f", and the request asks for {asked!r}" if asked else ""),
                 param="path",
             )
-        return (asked,)
+        path = fixed if asked is None or asked == AUTO else asked
+        if path == AUTO:
+            return tuple(path for path in able if path != "compute")
+        if path not in able:
+            raise BadRequest(
+                f"path is {asked!r}, {tenant!r} can take {', '.join(able)}; ask for one of these, or {AUTO}",
+                param="path",
+            )
+        return (path,)
 
     def domain(self, tenant: str) -> str:
         return self._domains.value(tenant, "")
@@ -47,8 +61,10 @@ def table_files(option: Sequence[str]) -> dict[str, list[str]]:
     """`--ngrams` FILE or DOMAIN=FILE: files by domain, in the order given; "" is for all. Raises ConfigError."""
     files: dict[str, list[str]] = {}
     for item in option:
-        domain, equals, file = item.rpartition("=")
-        if not file or (equals and not domain):
+        domain, equals, file = item.partition("=")
+        if not equals or "/" in domain:
+            domain, file = "", item
+        elif not domain or not file:
             raise ConfigError(f"ngrams has {item!r}; write FILE, or DOMAIN=FILE")
         files.setdefault(domain, []).append(file)
     return files

@@ -270,8 +270,9 @@ class Profiler:
             torch.cuda.synchronize(self.model.device)
 
     def _sequences(self, count: int, length: int, tenant: ResidentTenant | None = None) -> list[SequenceInput]:
-        ids = [i % self.backbone.config.vocab_size for i in range(1, length + 1)]
-        return [SequenceInput(ids, [0] * length, tenant, paths=own_paths(self.backbone.skip))] * count
+        size, paths = self.backbone.config.vocab_size, own_paths(self.backbone.skip)
+        every = [[(7919 * n + i) % size for i in range(1, length + 1)] for n in range(count)]
+        return [SequenceInput(ids, [0] * length, tenant, paths=paths) for ids in every]
 
 
 def _version() -> str:

@@ -37,6 +37,8 @@ def write_state(
 ) -> None:
     """Raises OSError."""
     tensors: dict[str, Tensor] = {"random": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
     for name, parameter in _parameters(student, loss).items():
         tensors[f"parameter.{name}"] = parameter.detach().contiguous()
         for key, value in optimizer.state[parameter].items():
@@ -68,10 +70,10 @@ def read_state(
             parameter.data.copy_(tensors[f"parameter.{name}"])
             prefix = f"optimizer.{name}."
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in own.items()
-            }
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in own.items()}
         torch.set_rng_state(tensors["random"])
+        if "random.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["random.cuda"])
         state = about["state"]
         return Progressed((state["before"][0], state["before"][1]), state["steps"], state["tokens"], state["seconds"])
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -251,15 +251,11 @@ class SkipStudent(nn.Module):
         """As it was distilled. Raises ConfigError for a plain backbone."""
         lower, config = read_lower(backbone), backbone.config
         first = backbone.skip.config.first_layer if backbone.skip is not None else 0
-        shape = SkipShape(
-            kind="trigram" if lower.slots == 3 else "unigram",
-            skipped=max(1, first),
-            lower=len(lower.layers),
-            upper=tuple(range(first, config.num_layers)),
-            sinks=backbone.skip.config.sinks if backbone.skip is not None else 0,
-        )
-        width = config.hidden_size
-        student = cls(backbone, shape, torch.zeros(shape.lower, shape.sinks, width))
+        sinks = backbone.skip.config.sinks if backbone.skip is not None else 0
+        kind, upper = "trigram" if lower.slots == 3 else "unigram", tuple(range(first, config.num_layers))
+        shape = SkipShape(kind=kind, skipped=max(1, first), lower=0, upper=upper, sinks=sinks)
+        student = cls(backbone, shape, torch.empty(0))
+        student.shape = replace(shape, lower=len(lower.layers))
         student.lower = lower
         return student
 

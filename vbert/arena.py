@@ -244,8 +244,14 @@ class Arena:
             arena_class.settle(slot, layout, self._config, checked=read.is_known)
         if witness is not None:
             witness.verified(reservation.digest, header, read.found)
-        head, self_tests = read_head(header, read.tensors), read_self_tests(header, read.tensors)
+        head, self_tests = read_head(header, read.tensors), self._own_tests(header, read.tensors)
         return ResidentTenant(reservation=reservation, head=head, self_tests=self_tests)
+
+    def _own_tests(self, header: TenantHeader, tensors: Mapping[str, Tensor]) -> tuple[SelfTest, ...]:
+        """Those of the paths that there are here; none where the file does not test each of them."""
+        paths = header.paths_on(self._skip)
+        tests = tuple(test for test in read_self_tests(header, tensors) if test.path in paths)
+        return tests if {test.path for test in tests} == set(paths) else ()
 
     def release(self, tenant: ResidentTenant | Reservation) -> None:
         """Give the slots back. The caller knows that no batch uses them."""

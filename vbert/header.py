@@ -102,7 +102,7 @@ class TenantHeader:
     ) -> None:
         """Raise WrongBackbone or CorruptFile when this tenant cannot run on that backbone. known: keys of layouts that
         were checked before."""
-        ours = {fingerprint} if skip is None else {fingerprint, skip.fingerprint, skip.base}
+        ours = {fingerprint} if skip is None else {fingerprint, skip.fingerprint}
         if self.fingerprint not in ours:
             raise WrongBackbone(
                 f"the tenant was made for backbone {self.fingerprint[:23]}, this one is {fingerprint[:23]}; "

@@ -122,13 +122,15 @@ class PackedBatch:
         """What goes through the embeddings and the lowest layers."""
         return self if self.junction is None else self.junction.lower
 
-    def work(self, num_layers: int) -> float:
-        """Rows times the layers that they go through, as a share of what it is without a junction."""
+    def work(self, num_layers: int, local_layers: int = 0) -> float:
+        """Rows times the layers that they go through, as a share of what it is without a junction. local_layers: of a
+        skip part."""
         if self.junction is None:
             return 1.0
         rows, layer = len(self.rows.token_ids), self.junction.layer
         lower = 0 if self.junction.lower is None else len(self.junction.lower.rows.token_ids)
-        return (layer * lower + (num_layers - layer) * rows) / (num_layers * rows)
+        local = 0 if self.junction.entry is None else SLOTS * len(self.junction.entry.missing)
+        return (layer * lower + local_layers * local + (num_layers - layer) * rows) / (num_layers * rows)
 
     def on(self, device: torch.device, *, buckets: bool) -> PackedBatch:
         """The same batch for a GPU: its integers there, in one copy on the current stream that nobody waits for.

@@ -83,7 +83,7 @@ def skip_shapes(skip: SkipConfig, encoder: EncoderConfig) -> dict[str, tuple[int
 def usable_paths(paths: Iterable[str], made_for: str, skip: Skip | None) -> tuple[str, ...]:
     """Which of the paths a tenant was trained for there are on a backbone with this skip part. made_for: the
     fingerprint of the skip part it was trained with, "" where with none."""
-    fits = skip is not None and made_for in (skip.fingerprint, skip.base)
+    fits = skip is not None and made_for == skip.fingerprint
     plain_way = skip is None or skip.config.first_layer > 0
     return tuple(path for path in paths if (plain_way if path == "plain" else fits))
 

@@ -80,7 +80,7 @@ def test_the_cache_keeps_what_is_used_and_gives_back_what_it_was_given() -> None
         for number, row, value in zip(numbers, found, out[:, 0].tolist(), strict=True):
             assert value == (number if row >= 0 else 0.0)
         missing = [n for n, row in zip(numbers, found, strict=True) if row < 0]
-        evicted += cache.insert(keys_of(missing), rows_of(missing))
+        evicted += cache.insert(keys_of(missing), rows_of(missing))[1]
         assert (cache.find(keys_of(missing)) >= 0).all()
         assert len(cache) <= 64
     assert evicted > 100

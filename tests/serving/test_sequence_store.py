@@ -303,7 +303,7 @@ async def test_a_poisoned_entry_reaches_one_answer_and_no_more(serving, factory,
         await add(engine, "up", module)
         await engine.classify("up", TEXTS)
         await until(lambda: engine.snapshot().sequences["inserted"] == len(TEXTS))
-        engine._core.parts.sequences._tiers[0].rows.fill_(float("nan"))
+        engine._core.parts.stores.sequences._tiers[0].rows.fill_(float("nan"))
         answer = await engine.classify("up", TEXTS)
         np.testing.assert_allclose(answer.probabilities, dense.probabilities(module, TEXTS), **CLOSE)
         assert engine.snapshot().reruns == 1

@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 import torch
 
+from runtime.paths import table_files
 from tests.ngram.test_local_layers import random_student
 from tests.random_tenants import Factory
 from tests.serving.helpers import add, softmax, until
 from tests.tiny import TEXTS, tiny_backbone
 from training.export_skip import write_folder
-from vbert.errors import BadRequest, ConfigError, WrongBackbone
+from vbert.errors import BadRequest, ConfigError, SelfTestFailed, WrongBackbone
 from vbert.formats.transformers_folder import read_backbone
 from vbert.model import Model
 from vbert.ngram.index import look_up, ngram_keys, shortened
 from vbert.ngram.table import NgramTable, TableWriter
 from vbert.reference import dense_forward
+from vbert.tenant import SelfTest
 from vbert.tokenizer import Tokenizer
 
 CLOSE = {"rtol": 0, "atol": 1e-3}  # rows of tables are float16
@@ -173,19 +175,21 @@ async def _backed_off(world, module, text, keys, kept):
 
 
 async def test_auto_takes_the_cheapest_path_by_a_texts_own_n_grams(world, on_skip):
-    known, unknown = TEXTS[1], TEXTS[5]
-    table = world.table(world.keys([known]))
+    known, near, unknown = TEXTS[1], TEXTS[5], TEXTS[2]
+    keys = world.keys([near])
+    table = world.table(np.concatenate([world.keys([known]), keys[: 2 * len(keys) // 3], shortened(keys, 1)]))
+    dear = "plain" if "plain" in world.paths else "exact"
     async with on_skip(ngrams=(table,)) as engine:
         await add(engine, "all", world.tenant(0))
         await add(engine, "exact", world.tenant(1, "exact"))
         answers = await asyncio.gather(
-            engine.classify("all", [known, unknown]),
-            engine.classify("exact", [known, unknown]),
-            engine.classify("all", [unknown, known]),
+            engine.classify("all", [known, near, unknown]),
+            engine.classify("exact", [known, near, unknown]),
+            engine.classify("all", [unknown, known, near]),
         )
-        assert answers[0].paths == ("exact", "backoff")
-        assert answers[1].paths == ("exact", "exact")
-        assert answers[2].paths == ("backoff", "exact")
+        assert answers[0].paths == ("exact", "backoff", dear)
+        assert answers[1].paths == ("exact", "exact", "exact")
+        assert answers[2].paths == (dear, "exact", "backoff")
         if "plain" in world.paths:
             await add(engine, "two", world.tenant(2, "plain", "exact"))
             assert (await engine.classify("two", [known, unknown])).paths == ("exact", "plain")
@@ -208,9 +212,62 @@ async def test_rules_fix_the_path_of_tenants(world, on_skip):
     async with on_skip(paths=("acme.*=compute",)) as engine:
         await add(engine, "acme.x", world.tenant(1))
         await add(engine, "bank", world.tenant(1))
-        assert (await engine.classify("acme.x", ["hello"])).paths == ("compute",)
-        assert (await engine.classify("acme.x", ["hello"], path="exact")).paths == ("exact",)
-        assert (await engine.classify("bank", ["hello"])).paths == ("backoff",)
+        for asked in (None, "auto", "compute"):
+            assert (await engine.classify("acme.x", ["hello"], path=asked)).paths == ("compute",)
+        with pytest.raises(BadRequest, match="the operator fixed the path compute"):
+            await engine.classify("acme.x", ["hello"], path="exact")
+        assert (await engine.classify("bank", ["hello"], path="exact")).paths == ("exact",)
+        await add(engine, "acme.plain", world.tenant(1, "backoff"))
+        with pytest.raises(BadRequest, match="no n-gram table is served"):
+            await engine.classify("acme.plain", ["hello"])
+
+
+async def test_without_a_table_nobody_backs_off(world, on_skip):
+    """Else all texts of one length would have the same answer."""
+    async with on_skip() as engine:
+        await add(engine, "t", world.tenant(1))
+        assert "backoff" not in (await engine.classify("t", list(TEXTS))).paths
+        with pytest.raises(BadRequest, match="path is 'backoff'"):
+            await engine.classify("t", ["hello"], path="backoff")
+
+
+async def test_who_does_not_share_has_no_part_in_the_cache(world, on_skip):
+    async with on_skip(ngram_cache_bytes=2**20, sequence_sharing=("bank=own", "shop=off")) as engine:
+        module = world.tenant(1, "exact")
+        for name in ("bank", "shop"):
+            await add(engine, name, module)
+            for _ in range(3):
+                await engine.classify(name, [TEXTS[1]])
+        assert engine.snapshot().ngrams["inserted"] == engine.snapshot().ngrams["trigrams"] == 0
+
+
+async def test_self_tests_of_paths_that_are_not_here_are_left_out(world, on_skip, serving, tmp_path):
+    """A tenant trained for all paths, with a self-test of each, on the plain backbone alone."""
+    if "plain" not in world.paths:
+        return
+    module, ids = world.tenant(1), torch.tensor([5, 6, 7, 8])
+    tests = tuple(
+        SelfTest(
+            token_ids=ids,
+            type_ids=ids * 0,
+            expected=dense_forward(world.backbone, module, ids, ids * 0, path),
+            path=path,
+        )
+        for path in module.paths
+    )
+    async with on_skip() as engine:
+        await add(engine, "t", replace(module, self_tests=tests))
+        assert (await engine.classify("t", ["hello"], path="exact")).paths == ("exact",)
+        wrong = replace(tests[1], expected=tests[1].expected + 1)
+        await add(engine, "wrong", replace(module, self_tests=(tests[0], wrong, tests[2])))
+        with pytest.raises(SelfTestFailed):
+            await engine.classify("wrong", ["hello"], path="plain")
+        await add(engine, "few", replace(module, self_tests=(tests[0],)))  # the others are made
+        assert (await engine.classify("few", ["hello"], path="exact")).paths == ("exact",)
+    plain = str(world.backbone.folder.parent / "plain")
+    async with serving(backbone=plain, store=str(tmp_path / "plain-store")) as engine:
+        await add(engine, "t", replace(module, self_tests=tests))
+        assert (await engine.classify("t", ["hello"])).paths == ("plain",)
 
 
 async def test_n_grams_are_kept_when_they_come_again(world, on_skip):
@@ -245,7 +302,7 @@ async def test_a_domain_is_asked_first(world, on_skip):
 
 async def test_with_a_sequence_store_a_text_that_came_before_takes_neither_path(world, on_skip):
     if "plain" not in world.paths:
-        with pytest.raises(ConfigError, match="sequence_layer is 0"):
+        with pytest.raises(ConfigError, match="this backbone has none"):
             async with on_skip(sequence_store_bytes=2**20):
                 pass
         return
@@ -306,6 +363,7 @@ async def test_what_does_not_belong_together_is_refused_at_the_start(world, on_s
     with pytest.raises(ConfigError, match="ngram_domains"):
         async with on_skip(ngram_domains=("a=b",)):
             pass
+    assert table_files(("/a=b/c", "d=/e=f")) == {"": ["/a=b/c"], "d": ["/e=f"]}
     with pytest.raises(ConfigError, match="write FILE, or DOMAIN=FILE"):
         async with on_skip(ngrams=("=f",)):
             pass

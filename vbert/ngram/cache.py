@@ -62,8 +62,9 @@ class NgramCache:
         _see(keys, self._seen, again)
         return again
 
-    def insert(self, keys: Keys, rows: Tensor) -> int:
-        """Keep rows [n, 3, H] of distinct n-grams; returns how many others went. Raises ShapeError."""
+    def insert(self, keys: Keys, rows: Tensor) -> tuple[int, int]:
+        """Keep rows [n, 3, H] of distinct n-grams; returns how many are new, and how many others went. Raises
+        ShapeError."""
         if rows.shape != (len(keys), *self._rows.shape[1:]):
             raise ShapeError(f"rows {list(rows.shape)} do not fit {len(keys)} n-grams of {list(self._rows.shape[1:])}")
         new = np.flatnonzero(find_rows(keys, self._index) < 0)[: len(self._keys)]
@@ -74,7 +75,7 @@ class NgramCache:
             keys[new], self._index, self._keys, self._used, self._hand, self._filled, places
         )
         self._rows[torch.from_numpy(places)] = rows[torch.from_numpy(new)].half()
-        return int(evicted)
+        return len(new), int(evicted)
 
     def discard(self, keys: Keys) -> None:
         """Forget these n-grams, where they are: something may be wrong with their rows."""
