@@ -71,9 +71,11 @@ class DistillConfig:
         """Of a teacher with so many layers. Raises ConfigError."""
         if not 0 < self.skipped < num_layers:
             raise ConfigError(f"skipped is {self.skipped} and the teacher has {num_layers} layers; give fewer")
+        if self.lower > num_layers:
+            raise ConfigError(f"lower is {self.lower}, the teacher has {num_layers} layers to begin from; give fewer")
         upper = self.upper or tuple(range(self.skipped, num_layers))
-        if self.upper and max(upper) >= num_layers:
-            raise ConfigError(f"upper names layer {max(upper)}, the teacher has {num_layers}; they count from 0")
+        if self.upper and not 0 <= min(upper) <= max(upper) < num_layers:
+            raise ConfigError(f"upper is {upper}, the teacher has layers 0 to {num_layers - 1}; give some of these")
         if self.upper_layers == "frozen" and upper != tuple(range(self.skipped, num_layers)) and self.kind != "full":
             raise ConfigError(
                 "upper leaves layers of the teacher out; what remains fits only with upper_layers trained"

@@ -28,7 +28,7 @@ from training.distill_losses import DistilLoss, MaskedLoss
 from training.distill_state import Progressed, finished, read_state, write_state
 from training.export_skip import student_name, write_folder
 from training.progress import Progress, silent
-from training.skip_student import Batch, SkipStudent, Teacher, random_kept
+from training.skip_student import Batch, FullLower, SkipStudent, Teacher, random_kept
 from training.texts import Texts, draw
 from vbert.errors import ConfigError
 from vbert.formats.transformers_folder import Backbone, read_backbone
@@ -38,12 +38,13 @@ __all__ = ["DistillReport", "run"]
 
 _HELD_OUT = 256  # texts of each part that are measured and not learnt from
 _SINK_BATCHES = 4
+_LAST_PLACES = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistillReport:
-    """losses: by part of the loss, on text that was not learnt from; `before` and `after` the training, with whole
-    n-grams, and with shortened ones."""
+    """before, after: losses by part, on text that was not learnt from, with whole n-grams and with shortened ones.
+    fingerprint: of what was written; "" for the kind *window*, of which only these numbers are wanted."""
 
     path: Path
     fingerprint: str
@@ -59,7 +60,8 @@ class DistillReport:
 def run(config: DistillConfig, *, progress: Progress = silent) -> DistillReport:
     """Train and write the folder. Raises ConfigError, BadRequest for texts, OSError, what reading a backbone raises."""
     device = _device(config)
-    backbone = read_backbone(config.backbone)
+    backbone, folder = read_backbone(config.backbone), Path(config.out)
+    _check(config, backbone, folder)
     tokenizer = Tokenizer.load(backbone.folder, backbone.config)
     files = [paths for paths in (config.texts, config.own_texts) if paths]
     parts = [Texts.tokenise(paths, tokenizer, config.max_length, progress) for paths in files]
@@ -70,14 +72,18 @@ def run(config: DistillConfig, *, progress: Progress = silent) -> DistillReport:
     run = _Run(config, student, loss, device, progress)
     before = run.measure(measured)
     state = run.train(learnt, before)
-    folder = Path(config.out)
-    fingerprint = write_folder(
-        folder,
-        student.cpu(),
-        backbone,
-        plain_way=_keeps_plain_way(config, backbone),
-        name=student_name(backbone, student),
-        base=backbone.skip.base if config.objective == "mlm" and backbone.skip is not None else "",
+    _extend_positions(student, config.max_length)
+    fingerprint = (
+        ""
+        if config.kind == "window"
+        else write_folder(
+            folder,
+            student.cpu(),
+            backbone,
+            plain_way=_keeps_plain_way(config, backbone),
+            name=student_name(backbone, student),
+            base=backbone.skip.base if config.objective == "mlm" and backbone.skip is not None else "",
+        )
     )
     student.to(device)
     after = run.measure(measured)
@@ -100,6 +106,31 @@ def run(config: DistillConfig, *, progress: Progress = silent) -> DistillReport:
     return report
 
 
+def _check(config: DistillConfig, backbone: Backbone, folder: Path) -> None:
+    """Whatever would go wrong after minutes or hours."""
+    if folder.exists() and folder.resolve() == backbone.folder.resolve():
+        raise ConfigError("out is the backbone's own folder; give another one", param="out")
+    if config.max_length > backbone.config.max_length:
+        raise ConfigError(
+            f"max_length is {config.max_length}, the backbone takes {backbone.config.max_length}; give at most that"
+        )
+    if config.objective == "distil":
+        if backbone.skip is not None:
+            raise ConfigError(f"{backbone.folder} is a skip backbone already; distil the plain one", param="backbone")
+        config.teacher_states(config.shape(backbone.config.num_layers))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out {folder} cannot be made ({error.strerror}); give another place", param="out") from error
+
+
+@torch.no_grad()
+def _extend_positions(student: SkipStudent, trained: int) -> None:
+    """Places beyond those that were trained get the mean of the last of these."""
+    if not isinstance(student.lower, FullLower):
+        student.lower.position[trained:] = student.lower.position[max(0, trained - _LAST_PLACES) : trained].mean(0)
+
+
 def _keeps_plain_way(config: DistillConfig, backbone: Backbone) -> bool:
     if config.objective == "mlm" and backbone.skip is not None:
         return backbone.skip.config.first_layer > 0
@@ -117,8 +148,6 @@ def _student(
         for name, parameter in student.lower.named_parameters():
             parameter.requires_grad_(name.startswith(("layers", "gate", "emb_norm", "position_embeddings")))
         return student, MaskedLoss(config, backbone, tokenizer).to(device)
-    if backbone.skip is not None:
-        raise ConfigError(f"{backbone.folder} is a skip backbone already; distil the plain one", param="backbone")
     teacher = Teacher(backbone).to(device).eval()
     shape = config.shape(backbone.config.num_layers)
     sinks = _sinks(teacher, measured, max(1, config.lower), config.sinks, device)
@@ -134,6 +163,8 @@ def _sinks(teacher: Teacher, parts: list[Texts], layers: int, count: int, device
     totals: list[Tensor] = []
     for part in parts:
         for i in range(_SINK_BATCHES):
+            if i >= len(part):
+                break
             batch = part.batch(np.arange(i, len(part), _SINK_BATCHES)[:64], device)
             last = batch.mask.sum(1) - 1
             states = teacher(batch)[:layers]

@@ -97,9 +97,12 @@ class Texts:
         return cls(flat, flat_types, starts)
 
     def split(self, count: int, seed: int) -> tuple[Texts, Texts]:
-        """All but `count` texts, and these, drawn at random; at most a tenth is taken out."""
+        """All but `count` texts, and these, drawn at random; at most a tenth, but one, is taken out. Raises BadRequest
+        for a single text."""
+        if len(self) < 2:
+            raise BadRequest("there is one text only, and some are held out to be measured; give more")
         order = np.random.default_rng(seed).permutation(len(self))
-        cut = min(count, len(self) // 10)
+        cut = min(count, max(1, len(self) // 10))
         return self._only(np.sort(order[cut:])), self._only(np.sort(order[:cut]))
 
     def _only(self, chosen: NDArray[np.int64]) -> Texts:

@@ -30,7 +30,9 @@ def test_from_a_plain_backbone_to_a_tenant_that_skips(ok, refused, backbone, cor
     distil = ("distill", "--backbone", backbone.folder, "--texts", corpus, "--skipped", 1, "--lower", 1)
     report = ok(*distil, "--tokens", 3000, "--batch-size", 16, "--out", skip, "--json")
     assert sum(report["after"].values()) < sum(report["before"].values())
-    assert "skip backbone already" in refused("distill", "--backbone", skip, "--texts", corpus, "--out", skip)
+    assert "skip backbone already" in refused(
+        "distill", "--backbone", skip, "--texts", corpus, "--skipped", 1, "--out", tmp_path / "again"
+    )
 
     built = ok("ngrams", "build", table, "--backbone", skip, "--texts", corpus, "--json")
     assert built["texts"] == len(TEXTS) * 30
@@ -62,6 +64,5 @@ def test_what_is_no_skip_backbone_is_refused(refused, backbone, corpus, tmp_path
     assert "has no local layers" in refused(*build, backbone.folder)
     (tmp_path / "bad.ngrams").write_bytes(b"nothing")
     assert "is damaged" in refused("ngrams", "stats", tmp_path / "bad.ngrams")
-    assert "does not exist" in refused(
-        "distill", "--backbone", backbone.folder, "--texts", "none.txt", "--out", tmp_path / "x"
-    )
+    distil = ("distill", "--backbone", backbone.folder, "--skipped", 1, "--lower", 1, "--out", tmp_path / "x")
+    assert "does not exist" in refused(*distil, "--texts", "none.txt")

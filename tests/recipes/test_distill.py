@@ -76,12 +76,33 @@ def test_a_shallower_plain_encoder_is_an_ordinary_folder(config):
 
 @pytest.mark.parametrize("kind", ["unigram", "window"])
 def test_other_students_learn_too(config, kind):
-    if kind == "window":
-        with pytest.raises(ConfigError, match="for comparison"):
-            distill.run(replace(config, kind=kind, tokens=2_000))
-    else:
-        report = distill.run(replace(config, kind=kind, tokens=5_000))
-        assert total(report.after) < total(report.before)
+    report = distill.run(replace(config, kind=kind, tokens=5_000))
+    assert total(report.after) < total(report.before)
+    assert (report.path / "skip.json").exists() == (kind == "unigram")
+    assert bool(report.fingerprint) == (kind == "unigram")
+
+
+def test_more_local_layers_than_upper_ones_are_adapted_too(config, tmp_path):
+    base = distill.run(replace(config, skipped=3, lower=3, upper_layers="trained", tokens=1_000))
+    report = distill.run(
+        replace(config, objective="mlm", backbone=str(base.path), out=str(tmp_path / "d"), tokens=1_000)
+    )
+    assert read_backbone(report.path).skip.config.local_layers == 3
+
+
+def test_places_that_were_not_trained_are_like_the_last_ones(config):
+    distill.run(replace(config, tokens=2_000, max_length=16))
+    positions = read_backbone(config.out).skip.weights["merge.position_embeddings"]
+    assert len(positions) > 16
+    torch.testing.assert_close(positions[16:], positions[:16].mean(0).expand(len(positions) - 16, -1))
+
+
+def test_a_few_texts_are_enough(config, tmp_path):
+    (tmp_path / "few.txt").write_text("\n".join(TEXTS[:3]))
+    distill.run(replace(config, texts=(str(tmp_path / "few.txt"),), tokens=100))
+    (tmp_path / "one.txt").write_text(TEXTS[3])
+    with pytest.raises(BadRequest, match="one text only"):
+        distill.run(replace(config, texts=(str(tmp_path / "one.txt"),), out=str(tmp_path / "y")))
 
 
 class _Cut(Exception):
@@ -157,7 +178,10 @@ def test_what_was_written_computes_what_was_trained(config):
     [
         ({"skipped": 4}, "has 4 layers"),
         ({"upper": (3,)}, "upper_layers trained"),
-        ({"upper": (2, 9), "upper_layers": "trained"}, "upper names layer 9"),
+        ({"upper": (2, 9), "upper_layers": "trained"}, "layers 0 to 3"),
+        ({"upper": (-1, 3), "upper_layers": "trained"}, "layers 0 to 3"),
+        ({"lower": 5}, "lower is 5"),
+        ({"max_length": 1000}, "max_length is 1000"),
         ({"targets": (2, 3)}, "targets are"),
         ({"objective": "mlm"}, "no local layers"),
         ({"texts": ()}, "nothing to learn"),
