@@ -36,12 +36,15 @@ def describe() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of this checkout, with -dirty when a tracked file differs; `unknown` outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    """The commit of this checkout, with -dirty when a tracked file differs that is no result; `unknown` outside one."""
     try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        found = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        differs = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"], cwd=ROOT)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return found.stdout.strip() + ("-dirty" if differs.returncode else "")
 
 
 def has_native_bfloat16() -> bool:

@@ -55,6 +55,7 @@ def _sequence_store(config: EngineConfig, model: Model) -> SequenceStore | None:
             num_bytes=config.sequence_store_bytes,
             disk_bytes=config.sequence_disk_bytes,
             disk=Path(config.store),
+            pin=model.device.type == "cuda",
         )
     except (OSError, RuntimeError, MemoryError) as error:
         raise ConfigError(

@@ -86,10 +86,11 @@ class SequenceStore:
         num_bytes: int,
         disk_bytes: int = 0,
         disk: Path | None = None,
+        pin: bool = False,
     ) -> None:
         """States of `width` numbers that enter layer `layer`, in at most `num_bytes` of memory, the sketch and what it
-        takes to find entries on disk included, and `disk_bytes` of a file in the folder `disk`. Raises ConfigError when
-        that is too little, OSError.
+        takes to find entries on disk included, and `disk_bytes` of a file in the folder `disk`. pin: memory from which
+        a GPU copies. Raises ConfigError when that is too little, OSError.
         """
         row_bytes = width * dtype.itemsize
         disk_rows = disk_bytes // row_bytes if disk is not None else 0
@@ -104,7 +105,7 @@ class SequenceStore:
             )
         self.layer, self.dtype = layer, dtype
         self.counts = StoreCounts()
-        memory = torch.empty(num_rows, width, dtype=dtype)
+        memory = torch.empty(num_rows, width, dtype=dtype, pin_memory=pin)
         self._tiers = [_Tier(memory, room, ENTRY_BYTES, _ID_BYTES, sketch)]
         if disk is not None and disk_rows:
             mapped = _mapped_rows(disk, disk_rows, width, dtype)

@@ -158,7 +158,8 @@ def pack_joined(sequences: Sequence[SequenceInput], config: EncoderConfig, embed
     if not at_hand and all(i == j for i, j in enumerate(ways.first)):  # the lower layers see the same rows
         begin[list(batch.order)] = batch.rows.cu_seqlens[:-1]
         return replace(batch, junction=Junction(ways.layer, batch, 0, None, _ranges(begin, lengths, ways.wanted)))
-    computed = [i for i in range(len(sequences)) if ways.first[i] == i and i not in set(at_hand)]
+    there = set(at_hand)
+    computed = [i for i in range(len(sequences)) if ways.first[i] == i and i not in there]
     lower, num_rows = None, 0
     if computed:
         bare = [replace(sequences[i], tenant=None) if ways.shares[i] else sequences[i] for i in computed]
