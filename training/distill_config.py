@@ -51,7 +51,11 @@ class DistillConfig:
     attention_loss: float = setting(0.0, "weight of the loss on attention scores, 0: none", at_least=0)
     pooled_loss: float = setting(1.0, "weight of the loss on the mean of the last states", at_least=0)
     mask_share: float = setting(0.15, "objective mlm: part of the tokens that are hidden", at_least=0)
-    dtype: str = setting("bfloat16", "of products; weights are float32", choices=("bfloat16", "float32"))
+    dtype: str = setting(
+        "auto",
+        "of products; weights are float32; auto: bfloat16 where the machine multiplies it itself",
+        choices=("auto", "bfloat16", "float32"),
+    )
     seed: int = setting(0, "of order and dropout", at_least=0)
     device: str = setting("auto", "auto is cuda where there is one", choices=("auto", "cpu", "cuda"))
     save_every_s: float = setting(120.0, "seconds between two records of how far it is, to go on from", at_least=1)

@@ -32,6 +32,7 @@ from training.skip_student import Batch, FullLower, SkipStudent, Teacher, random
 from training.texts import Texts, draw
 from vbert.errors import ConfigError
 from vbert.formats.transformers_folder import Backbone, read_backbone
+from vbert.model import resolve_dtype
 from vbert.tokenizer import Tokenizer
 
 __all__ = ["DistillReport", "run"]
@@ -249,7 +250,7 @@ class _Run:
         return {name: round(sum(values) / len(values), 4) for name, values in told.items()}
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.config.dtype == "float32":
+        if resolve_dtype(self.config.dtype, self.device) == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
