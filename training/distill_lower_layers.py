@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from training.devices import training_device
 from training.distill_config import DistillConfig
 from training.distill_losses import DistilLoss, MaskedLoss
 from training.distill_state import Progressed, finished, read_state, write_state
@@ -60,7 +61,7 @@ class DistillReport:
 
 def run(config: DistillConfig, *, progress: Progress = silent) -> DistillReport:
     """Train and write the folder. Raises ConfigError, BadRequest for texts, OSError, what reading a backbone raises."""
-    device = _device(config)
+    device = training_device(config.device)
     backbone, folder = read_backbone(config.backbone), Path(config.out)
     _check(config, backbone, folder)
     tokenizer = Tokenizer.load(backbone.folder, backbone.config)
@@ -277,11 +278,3 @@ def _rate(step: int, steps: int, warmup_share: float) -> float:
     """Of the highest learning rate: up in a line, down as a cosine."""
     warmup = max(1, round(warmup_share * steps))
     return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
-
-
-def _device(config: DistillConfig) -> torch.device:
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is cuda and torch finds none; give cpu or auto", param="device")
-    return torch.device(config.device)

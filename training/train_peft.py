@@ -16,6 +16,7 @@ from training.batches import Dataset
 from training.build import build_model
 from training.config import TrainConfig, read_recipe
 from training.data import Row, label_names, read_rows, tokenise
+from training.devices import training_device
 from training.evaluate import evaluate, main_metric
 from training.export_tenant import export, write
 from training.loop import FitSettings, fit
@@ -69,7 +70,7 @@ def run(config: TrainConfig, *, progress: Progress = silent) -> TrainReport:
     backbone = read_backbone(config.backbone)
     labels, parts = _read(config, backbone)
     targets = [float(e.target) for e in parts["train"].examples] if config.task == "regression" else []
-    model = build_model(config, backbone, labels, targets).to(_device(config))
+    model = build_model(config, backbone, labels, targets).to(training_device(config.device))
     metric = main_metric(config.task, labels)
     train, dev = (parts[name].frozen(model, config.frozen_cache_bytes, progress) for name in ("train", "dev"))
 
@@ -139,14 +140,6 @@ def _num_held_out(config: TrainConfig, rows: list[Row]) -> int:
             f"dev_share {config.dev_share} of {len(rows)} rows leaves dev or train empty; give a dev file or more rows"
         )
     return count
-
-
-def _device(config: TrainConfig) -> torch.device:
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is cuda and torch finds none; give cpu or auto", param="device")
-    return torch.device(config.device)
 
 
 def fit_settings(config: TrainConfig) -> FitSettings:
