@@ -33,7 +33,12 @@ def classify_result(done: Pending) -> ClassifyResult:
         probabilities = _softmax(raw)
         labels = tuple(served.labels[c] for c in raw.argmax(axis=1))
     return ClassifyResult(
-        **_common(done), labels=labels, probabilities=probabilities, class_labels=served.labels, problem=served.problem
+        **_common(done),
+        labels=labels,
+        probabilities=probabilities,
+        class_labels=served.labels,
+        problem=served.problem,
+        exits=tuple(way.exit or None for way in done.ways),
     )
 
 
@@ -68,7 +73,7 @@ def _common(done: Pending) -> dict[str, Any]:
         "version": done.served.key.version,
         "timings": done.timings,
         "tokens": tuple(len(e.token_ids) for e in done.encoded),
-        "paths": tuple(done.paths),
+        "paths": tuple(way.path for way in done.ways),
         "truncated": tuple(len(e.token_ids) < e.full_length for e in done.encoded),
     }
 

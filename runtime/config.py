@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from runtime.exit_rules import ExitRules
 from runtime.paths import PathRules, table_files
 from runtime.residency import residency_policy
 from runtime.sequence_sharing import SequenceSharing
@@ -78,6 +79,9 @@ class EngineConfig:
     paths: tuple[str, ...] = option(
         (), "PATTERN=auto, plain, exact, compute or backoff, by tenant: how texts pass a skip backbone; else auto"
     )
+    exit_thresholds: tuple[str, ...] = option(
+        (), "PATTERN=CONFIDENCE, by tenant: above it an answer leaves early, by an exit the tenant has; else its own"
+    )
     cuda_graphs: str = option("off", "on or off: on a GPU, replay CUDA graphs of batches that come often")
     trace: str = option("", "write a Chrome trace of the lanes to this file")
     profile: str = option(
@@ -110,6 +114,7 @@ class EngineConfig:
             raise ConfigError(f"lanes is {','.join(self.lanes)!r}; give some of rows, modules and compute, or none")
         SequenceSharing(self.sequence_sharing)
         PathRules(self.paths, self.ngram_domains, table_files(self.ngrams))
+        ExitRules(self.exit_thresholds)
         if not 0 <= self.max_backoff <= 1:
             raise ConfigError(f"max_backoff is {self.max_backoff}; give a share from 0 to 1")
         if self.cuda_graphs not in ("on", "off"):

@@ -11,6 +11,7 @@ from typing import Any
 from runtime.clock import Clock
 from runtime.config import EngineConfig
 from runtime.dispatcher import CANARY, Dispatcher, Terms
+from runtime.exit_rules import ExitRules
 from runtime.forwards import Forwards
 from runtime.health import Health
 from runtime.host_tier import HostTier
@@ -92,6 +93,7 @@ class Core:
             pressure=lambda: self.pipeline.pressure.refusal,
             wake=event.set,
             paths=self._paths,
+            exits=ExitRules(config.exit_thresholds),
             clock=clock,
             metrics=metrics,
         )

@@ -21,6 +21,7 @@ from typing import Any
 from runtime.clock import Clock
 from runtime.config import EngineConfig
 from runtime.errors import DeadlineExceeded, Draining
+from runtime.exit_rules import ExitRules
 from runtime.inputs import check_inputs, check_method, in_chunks
 from runtime.metrics import Metrics
 from runtime.paths import PathRules
@@ -40,12 +41,14 @@ _INLINE_CHARS = 4_000  # tokenised on the event loop: under 1 ms; a thread would
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
     """How a caller wants a request treated. deadline_s: seconds from now. truncate: cut what is too long. path: how its
-    inputs pass the lower layers (runtime/paths.py); None: as its tenant's do."""
+    inputs pass the lower layers (runtime/paths.py), exit_threshold: how confident an answer must be to leave early
+    (runtime/exit_rules.py); None: as its tenant's do."""
 
     deadline_s: float | None = None
     truncate: bool = False
     caller: str = "local"
     path: str | None = None
+    exit_threshold: float | None = None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -64,6 +67,7 @@ class Dispatcher:
     pressure: Callable[[], VbertError | None]
     wake: Callable[[], None]
     paths: PathRules
+    exits: ExitRules
     clock: Clock
     metrics: Metrics
     queue: WaitingQueue = field(default_factory=WaitingQueue)
@@ -183,6 +187,7 @@ class Dispatcher:
         served = self.serves(tenant)
         check_method(served, method)
         paths = self.paths.allowed(served, terms.path)
+        exit_above = self.exits.threshold(served, terms.exit_threshold) if method == "classify" else 1.0
         num_chars = check_inputs(
             inputs, method, max_inputs=self.config.max_request_inputs, max_chars=self.config.max_input_chars
         )
@@ -203,6 +208,7 @@ class Dispatcher:
                 inputs=inputs,
                 encoded=encoded,
                 may_take=paths,
+                exit_above=exit_above,
                 arrival_s=arrival_s,
                 enqueued_s=self.clock.now_s(),
                 deadline_s=deadline_s,
@@ -273,7 +279,8 @@ class Dispatcher:
 
     def _count(self, pending: Pending) -> None:
         self.metrics.inputs[pending.method] += len(pending.encoded)
-        self.metrics.paths.update(pending.paths)
+        self.metrics.paths.update(way.path for way in pending.ways)
+        self.metrics.exits.update(way.exit for way in pending.ways if way.exit)
         self.metrics.tokens += sum(len(e.token_ids) for e in pending.encoded)
         self.metrics.observe_request(pending.served.kinds, pending.timings)
 

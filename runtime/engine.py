@@ -119,12 +119,12 @@ class Engine:
         deadline_s: float | None = None,
         truncate: bool = False,
         path: str | None = None,
+        exit_threshold: float | None = None,
         caller: str = "local",
     ) -> ClassifyResult:
         """Labels and probabilities [N, C] of texts or pairs."""
-        done = await self._submit(
-            "classify", tenant, inputs, Terms(deadline_s=deadline_s, truncate=truncate, path=path, caller=caller)
-        )
+        terms = Terms(deadline_s=deadline_s, truncate=truncate, path=path, exit_threshold=exit_threshold, caller=caller)
+        done = await self._submit("classify", tenant, inputs, terms)
         return answers.classify_result(done)
 
     async def token_classify(

@@ -20,8 +20,9 @@ from runtime.clock import Clock
 from runtime.errors import ComputeFailed
 from runtime.lane_feed import Arriving, LaneFeed
 from runtime.launch import LEAST_WORK, LEFT, Computed, Launch, Outcome
-from runtime.lower_stores import LowerStores, Routes, without_stores
+from runtime.lower_stores import LowerStores, without_stores
 from runtime.pressure import is_out_of_memory
+from runtime.request import Way
 from runtime.staging import Prepared, Preparer, Ring
 from runtime.streams import Device, Event
 from runtime.threads import ThreadChoice
@@ -47,13 +48,13 @@ class _Early:
 @dataclass(frozen=True, slots=True)
 class _Finish:
     """answers: waits for them. remember: then keeps what the forward computed that others may want. forget: after a
-    failure, drops what it was given. work: as `Computed` has it."""
+    failure, drops what it was given. ways: of every sequence. work: as `Computed` has it."""
 
     answers: Callable[[], list[Tensor]]
     remember: Callable[[], None]
     forget: Callable[[], None]
+    ways: list[Way]
     work: float
-    routes: Routes
 
 
 @dataclass(slots=True, kw_only=True)
@@ -136,7 +137,7 @@ class Forwards:
             running = self._issue(launch, early, answer)
             if running is None:
                 count = len(launch.sequences)
-                answer.set_result(Computed([LEFT] * count, [""] * count, 0, 0.0, torch.get_num_threads(), False))
+                answer.set_result(Computed([LEFT] * count, [Way()] * count, 0, 0.0, torch.get_num_threads(), False))
             elif self._results is None:
                 self._settle(running)
             else:
@@ -228,8 +229,10 @@ class Forwards:
 
         local = self._model.local
         local_layers = 0 if local is None else local.config.local_layers
-        work = prepared.batch.work(self._model.config.num_layers, local_layers)
-        return _Finish(answers, remember, forget, work, prepared.routes)
+        work = prepared.batch.work(self._model.config.num_layers, local_layers, feed.exits)
+        exits = feed.exits or [0] * len(sequences)
+        ways = [Way(prepared.routes.path(i), layer) for i, layer in enumerate(exits)]
+        return _Finish(answers, remember, forget, ways, work)
 
     @contextmanager
     def _waiting(self, lane: str) -> Iterator[None]:
@@ -248,11 +251,10 @@ class Forwards:
             if outcomes and all(map(_is_finite, outcomes)):
                 compute_s = running.end.since_s(running.begin)
                 assert running.finish is not None  # it gave the outcomes
-                work, routes = running.finish.work, running.finish.routes
-                paths = [routes.path(i) for i in range(len(outcomes))]
+                work, ways = running.finish.work, running.finish.ways
                 if not self._device.runs_ahead and work >= LEAST_WORK:
                     self._threads.observe(running.num_threads, running.num_tokens, compute_s / work)
-                self._tell(running, outcomes, paths, compute_s, self._ahead_s(running), work=work)
+                self._tell(running, outcomes, ways, compute_s, self._ahead_s(running), work=work)
                 self._remember_aside(running)
             elif self._results is None:
                 self._rerun(running)
@@ -306,16 +308,16 @@ class Forwards:
         self,
         running: _Running,
         outcomes: list[Outcome],
-        paths: list[str],
+        ways: list[Way],
         compute_s: float,
         ahead_s: float = 0.0,
         *,
         reran: bool = False,
         work: float = 1.0,
     ) -> None:
-        left, ways = iter(outcomes), iter(paths)
+        left, took = iter(outcomes), iter(ways)
         every = [next(left) if kept else LEFT for kept in running.keep]
-        taken = [next(ways) if kept else "" for kept in running.keep]
+        taken = [next(took) if kept else Way() for kept in running.keep]
         counts = running.num_tokens, compute_s, running.num_threads, reran, ahead_s, running.out_of_memory, work
         running.answer.set_result(Computed(every, taken, *counts))
 
@@ -332,24 +334,27 @@ class Forwards:
                 running.finish.forget()  # so what was stored may be
             # what was issued before something raised still runs and reads modules that may go when this is told
             self._device.compute.synchronize()
-            outcomes, paths = [outcome for outcome, _ in rerun], [path for _, path in rerun]
-            self._tell(running, outcomes, paths, self._clock.now_s() - running.started_s, reran=True)
+            outcomes, ways = [outcome for outcome, _ in rerun], [way for _, way in rerun]
+            self._tell(running, outcomes, ways, self._clock.now_s() - running.started_s, reran=True)
 
-    def _alone(self, sequences: list[SequenceInput], batch_id: int) -> list[tuple[Outcome, str]]:
-        """The sequences of one tenant, whose errors concern nobody else, each with its path."""
+    def _alone(self, sequences: list[SequenceInput], batch_id: int) -> list[tuple[Outcome, Way]]:
+        """The sequences of one tenant, whose errors concern nobody else, each with its way."""
         try:
             sequences = [without_stores(sequence) for sequence in sequences]
             prepared = self._inline(sequences)
-            outputs = self._launch(prepared, sequences, batch_id).answers()
+            finish = self._launch(prepared, sequences, batch_id)
+            outputs = finish.answers()
         except Exception as error:
             _log.error("a batch of one tenant failed", exc_info=error)
             if is_out_of_memory(error) and len(sequences) > 1:
                 self._model.free_memory()
                 half = len(sequences) // 2
                 return [*self._alone(sequences[:half], batch_id), *self._alone(sequences[half:], batch_id)]
-            return [(ComputeFailed(f"the forward pass of this tenant failed: {error}"), "")] * len(sequences)
+            return [(ComputeFailed(f"the forward pass of this tenant failed: {error}"), Way())] * len(sequences)
         broken = ComputeFailed("the tenant gave numbers that are not finite for this input; look at its training")
-        return [(output if _is_finite(output) else broken, prepared.routes.path(i)) for i, output in enumerate(outputs)]
+        return [
+            (output if _is_finite(output) else broken, way) for output, way in zip(outputs, finish.ways, strict=True)
+        ]
 
 
 @contextmanager

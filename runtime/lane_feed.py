@@ -27,7 +27,8 @@ class Arriving(Protocol):
 @dataclass(slots=True)
 class LaneFeed:
     """waiting: a context that shows in the trace for how long compute waits for a lane. kept, ngrams: states, and rows
-    of n-grams, that the forward computed and others may want, on their way to host memory."""
+    of n-grams, that the forward computed and others may want, on their way to host memory. exits: of each sequence,
+    where there are any."""
 
     prepared: Prepared
     arriving: Sequence[Arriving]
@@ -35,6 +36,7 @@ class LaneFeed:
     waiting: Callable[[str], AbstractContextManager[None]]
     kept: Tensor | None = None
     ngrams: Tensor | None = None
+    exits: Sequence[int] = ()
 
     def word_rows(self) -> Tensor | None:
         with self.waiting("rows"):
@@ -59,6 +61,9 @@ class LaneFeed:
         if not skipped.may_keep.all():
             rows = rows.index_select(0, torch.from_numpy(np.flatnonzero(skipped.may_keep)).to(rows.device))
         self.ngrams = _to_host(rows)
+
+    def exited(self, layers: Sequence[int]) -> None:
+        self.exits = layers
 
     def before_layer(self, i: int) -> None:
         if self.arriving:

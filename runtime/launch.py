@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from runtime.errors import ComputeFailed
+from runtime.request import Way
 from vbert.errors import VbertError
 from vbert.packing import SequenceInput
 
@@ -32,12 +33,12 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """outcomes, paths: of every sequence of the launch, what became of it and the way it took. num_tokens: of those
+    """outcomes, ways: of every sequence of the launch, what became of it and how it came through. num_tokens: of those
     computed. reran: one tenant at a time. ahead_s: what the lanes did for it that can be done while the batch before it
     computes. out_of_memory: it did not fit. work: the share of it that was computed; the rest was stored."""
 
     outcomes: list[Outcome]
-    paths: list[str]
+    ways: list[Way]
     num_tokens: int
     compute_s: float
     num_threads: int

@@ -101,8 +101,8 @@ class ServingLoop:
             tenant = self.manager.pin(digest)
             inputs = pending.encoded[piece.first : piece.last]
             scope, domain = self.scope(pending), self.domain(pending)
-            paths = pending.may_take
-            sequences += [SequenceInput(e.token_ids, e.type_ids, tenant, scope, paths, domain) for e in inputs]
+            how = (tenant, scope, pending.may_take, domain, pending.exit_above)
+            sequences += [SequenceInput(e.token_ids, e.type_ids, *how) for e in inputs]
             if untested := self.manager.tests(digest):
                 tests[digest] = (tenant, untested)
         for tenant, untested in tests.values():
@@ -145,7 +145,7 @@ class ServingLoop:
             self.dispatcher.fail(pending, errors[0])
         else:
             outputs = [outcome for outcome in batch.outcomes[own] if not isinstance(outcome, VbertError)]
-            pending.deliver(first, outputs, batch.paths[own], compute_s=batch.compute_s, now_s=now_s)
+            pending.deliver(first, outputs, batch.ways[own], compute_s=batch.compute_s, now_s=now_s)
 
 
 def _wanted(pieces: _Pieces, tests: _Tests) -> Iterator[bool]:

@@ -95,6 +95,7 @@ class MetricsSnapshot:
     sequences: Mapping[str, int]  # counts of the sequence store, by what happened; empty without one
     ngrams: Mapping[str, int]  # the same of the n-gram store
     paths: Mapping[str, int]  # inputs by the way they came through the lower layers
+    exits: Mapping[int, int]  # answers that left early, by the layer before which they did
     resident_modules: int
     module_budget_bytes: int
     loading_modules: int
@@ -112,6 +113,7 @@ class Metrics:
     requests: Counter[tuple[str, str]] = field(default_factory=Counter)
     inputs: Counter[str] = field(default_factory=Counter)
     paths: Counter[str] = field(default_factory=Counter)
+    exits: Counter[int] = field(default_factory=Counter)
     tokens: int = 0
     seconds: dict[tuple[str, str], Histogram] = field(default_factory=dict)
     batches: int = 0
@@ -170,6 +172,7 @@ class Metrics:
             sequences=dict(sequences),
             ngrams=dict(ngrams),
             paths=dict(self.paths),
+            exits=dict(self.exits),
             resident_modules=resident_modules,
             module_budget_bytes=module_budget_bytes,
             loading_modules=loading_modules,

@@ -86,6 +86,8 @@ class Parts:
             max_length=version.max_length or longest,
             own_limit=version.max_length is not None,
             paths=usable_paths(version.paths, version.skip_fingerprint, self.backbone.skip),
+            exits=version.exits,
+            exit_threshold=version.exit_threshold,
         )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from runtime.request import Input, Served, Timings, Waiting
+from runtime.request import Input, Served, Timings, Waiting, Way
 from vbert.errors import VbertError
 from vbert.tokenizer import Encoded
 
@@ -17,9 +17,9 @@ __all__ = ["Pending"]
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Pending:
-    """outputs: per input the raw output of the head, None until computed; paths: the way it took, one of those it
-    may_take. cold_since_s: when the request began to wait for its module, None while the module is in memory. `future`
-    holds nothing but the fact, or the error."""
+    """outputs: per input the raw output of the head, None until computed; ways: how it came through, by one of the
+    paths it may_take, leaving early with an answer more confident than exit_above. cold_since_s: when the request began
+    to wait for its module, None while the module is in memory. `future` holds nothing but the fact, or the error."""
 
     request_id: int
     method: str
@@ -32,16 +32,17 @@ class Pending:
     deadline_s: float | None
     future: asyncio.Future[None]
     may_take: tuple[str, ...] = ("plain",)
+    exit_above: float = 1.0
     cold_since_s: float | None = None
     load_s: float = 0.0
     compute_s: float = 0.0
     outputs: list[Tensor | None] = field(default_factory=list)
-    paths: list[str] = field(default_factory=list)
+    ways: list[Way] = field(default_factory=list)
     missing: int = 0
     timings: Timings = field(init=False)  # once all inputs are computed
 
     def __post_init__(self) -> None:
-        self.outputs, self.paths = [None] * len(self.encoded), [""] * len(self.encoded)
+        self.outputs, self.ways = [None] * len(self.encoded), [Way()] * len(self.encoded)
         self.missing = len(self.encoded)
 
     def as_waiting(self) -> Waiting:
@@ -64,11 +65,11 @@ class Pending:
             self.cold_since_s = None
 
     def deliver(
-        self, first: int, outputs: Sequence[Tensor], paths: Sequence[str], *, compute_s: float, now_s: float
+        self, first: int, outputs: Sequence[Tensor], ways: Sequence[Way], *, compute_s: float, now_s: float
     ) -> None:
         """Outputs of some inputs arrived; the last ones resolve the future."""
         self.outputs[first : first + len(outputs)] = outputs
-        self.paths[first : first + len(outputs)] = paths
+        self.ways[first : first + len(outputs)] = ways
         self.missing -= len(outputs)
         self.compute_s += compute_s
         if not self.missing and not self.future.done():

@@ -21,6 +21,7 @@ from runtime.forwards import Forwards
 from runtime.launch import LEAST_WORK, Computed, Launch, Outcome
 from runtime.metrics import Metrics
 from runtime.pressure import MemoryPressure
+from runtime.request import Way
 from runtime.throughput import Throughput
 from vbert.errors import VbertError
 from vbert.model import SequenceInput
@@ -132,7 +133,7 @@ class Pipeline:
         if (error := future.exception()) is not None:
             _log.critical("a batch was lost", exc_info=error)
             lost: list[Outcome] = [ComputeFailed(f"the batch was lost ({error!r}); report the log")] * num_sequences
-            done(Computed(lost, [""] * num_sequences, 0, 0.0, 0, False))
+            done(Computed(lost, [Way()] * num_sequences, 0, 0.0, 0, False))
             return
         computed = future.result()
         if computed.num_tokens:

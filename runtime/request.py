@@ -28,6 +28,7 @@ __all__ = [
     "Timings",
     "TokenClassifyResult",
     "Waiting",
+    "Way",
 ]
 
 Input = str | tuple[str, str] | Sequence[str] | Sequence[int]
@@ -52,6 +53,7 @@ class Served:
 
     task: kind of its head. kinds: delta kinds of its module. max_length: tokens of one input, of the tenant if it has a
     limit of its own (`own_limit`), else of the backbone. paths: ways through the lower layers that it was trained for.
+    exits: layers before which an answer may leave that is more confident than exit_threshold.
     """
 
     key: TenantKey
@@ -62,6 +64,8 @@ class Served:
     max_length: int
     own_limit: bool
     paths: tuple[str, ...] = ("plain",)
+    exits: tuple[int, ...] = ()
+    exit_threshold: float = 1.0
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -70,6 +74,15 @@ class Served:
             return ("rerank", "score")
         one_score = (self.problem, len(self.labels)) in (("single_label", 2), ("regression", 1), ("regression", 0))
         return (self.task, "rerank", "score") if self.task == "classify" and one_score else (self.task,)
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How one input came through the layers. path: as `Result` has it; "": it did not. exit: the layer before which its
+    answer left early; 0: it went through all of them."""
+
+    path: str = ""
+    exit: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,12 +117,14 @@ class EmbedResult(Result):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassifyResult(Result):
     """`labels`: per input the best label; for multi_label all labels with probability >= 0.5 (a tuple of strings);
-    for regression an empty string. `probabilities`: softmax, sigmoid or, for regression, the raw numbers."""
+    for regression an empty string. `probabilities`: softmax, sigmoid or, for regression, the raw numbers. `exits`: per
+    input, the layer before which the answer left early; None: it went through all."""
 
     labels: tuple[str | tuple[str, ...], ...]
     probabilities: NDArray[np.float32]  # [N, C]
     class_labels: tuple[str, ...]  # [C]
     problem: str
+    exits: tuple[int | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -77,6 +77,13 @@ class SelfTester:
 
 def as_sequences(tests: Sequence[SelfTest], tenant: ResidentTenant | None) -> list[SequenceInput]:
     return [
-        SequenceInput(test.token_ids.tolist(), test.type_ids.tolist(), tenant, paths=(_TESTED_BY[test.path],))
+        SequenceInput(
+            test.token_ids.tolist(),
+            test.type_ids.tolist(),
+            tenant,
+            paths=(_TESTED_BY[test.path],),
+            exit_above=-1.0 if test.exit else 1.0,  # at once, or not at all
+            exit_from=test.exit,
+        )
         for test in tests
     ]

@@ -334,7 +334,8 @@ def _one(db: sqlite3.Connection, tenant: str, version: int) -> TenantVersion:
 def _version(row: tuple[Any, ...]) -> TenantVersion:
     """Cached, since `resolve` runs for every request and a tenant may have hundreds of labels."""
     tenant, version, digest, num_bytes, created_s, active, facts = row
-    values = json.loads(facts)
+    values: dict[str, Any] = json.loads(facts)
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return TenantVersion(
         tenant=tenant,
         version=version,
@@ -342,5 +343,5 @@ def _version(row: tuple[Any, ...]) -> TenantVersion:
         num_bytes=num_bytes,
         created_s=created_s,
         active=bool(active),
-        **values | {"labels": tuple(values["labels"]), "kinds": tuple(values["kinds"])},
+        **values,
     )

@@ -15,8 +15,8 @@ __all__ = ["ModuleFacts", "TenantVersion", "Upload"]
 class ModuleFacts:
     """What the catalogue repeats of a native file's header, so that listing and resolving open no file.
 
-    task: kind of the head. kinds: delta kinds (low_rank, bottleneck, affine, norm, sparse). paths, skip_fingerprint: as
-    in vbert.tenant.TenantModule. source: JSON values.
+    task: kind of the head. kinds: delta kinds (low_rank, bottleneck, affine, norm, sparse). paths, skip_fingerprint,
+    exit_threshold: as in vbert.tenant.TenantModule. exits: their layers. source: JSON values.
     """
 
     fingerprint: str
@@ -27,6 +27,8 @@ class ModuleFacts:
     kinds: tuple[str, ...] = ()
     paths: tuple[str, ...] = ("plain",)
     skip_fingerprint: str = ""
+    exits: tuple[int, ...] = ()
+    exit_threshold: float = 1.0
     source: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -40,6 +42,8 @@ class ModuleFacts:
             kinds=header.kinds,
             paths=header.paths,
             skip_fingerprint=header.skip_fingerprint,
+            exits=tuple(each.layer for each in header.exits),
+            exit_threshold=header.exit_threshold,
             source=dict(header.source),
         )
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from vbert.config import EMBEDDING_LAYER, LINEAR_SITES
 from vbert.formats.transformers_folder import Backbone
-from vbert.tenant import BOTTLENECK_SITES, Affine, Bottleneck, Dense, Head, LowRank, Norm, Sparse, TenantModule
+from vbert.tenant import BOTTLENECK_SITES, Affine, Bottleneck, Dense, Exit, Head, LowRank, Norm, Sparse, TenantModule
 
 DELTA_KINDS = ("lora", "lora_all", "houlsby", "pfeiffer", "parallel", "vbert", "bitfit", "ia3", "mask", "diff", "none")
 HEADS = ("classify", "multi_label", "regression", "pooler", "token_classify", "embed", "embed_cls", "rerank")
@@ -30,6 +32,14 @@ class Factory:
             head=self.head(head, num_labels),
             source={"format": "test", "kinds": list(kinds)},
         )
+
+    def with_exits(self, module: TenantModule, *layers: int, threshold: float = 0.6) -> TenantModule:
+        heads = [self.head("classify", len(module.head.labels)) for _ in layers]
+        exits = tuple(
+            Exit(layer=layer, head=replace(module.head, shared_pooler=False, layers=head.layers))
+            for layer, head in zip(layers, heads, strict=True)
+        )
+        return replace(module, exits=exits, exit_threshold=threshold)
 
     def low_rank(self, sites, rank):
         c = self.config

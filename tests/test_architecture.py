@@ -54,7 +54,7 @@ VBERT_RANKS = (
     {"peft"},
     {"deltas"},
     {"encoder", "packing"},
-    {"graphs", "local_layers"},
+    {"graphs", "local_layers", "exits"},
     {"model", "tables"},
 )
 OUTSIDE_VBERT = {"asyncio", "threading", "multiprocessing", "concurrent", "socket", "http", "urllib", "time", "sqlite3"}

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -112,6 +113,41 @@ def test_truncated_files_are_refused(module, keep):
 def test_lying_metadata_is_refused(module, change, says):
     with pytest.raises(CorruptFile, match=says):
         read_tenant_bytes(rewrite(write_tenant(module), change_meta=change))
+
+
+def test_exits_are_written_and_read(backbone, module):
+    exits = Factory(backbone, seed=2).with_exits(module, 1, threshold=0.7)
+    test = SelfTest(token_ids=torch.tensor([1]), type_ids=torch.tensor([0]), expected=torch.ones(3), exit=1)
+    data = write_tenant(replace(exits, self_tests=(test,)))
+    again, header = read_tenant_bytes(data), parse_header(data)
+    header.check(backbone.config, backbone.fingerprint)
+    assert (again.exit_threshold, again.self_tests[0].exit) == (0.7, 1)
+    assert torch.equal(again.exits[0].head.layers[0].weight, exits.exits[0].head.layers[0].weight)
+    assert (again.exits[0].layer, again.exits[0].head.labels) == (1, module.head.labels)
+    high = replace(backbone.config, num_layers=1)
+    with pytest.raises(CorruptFile, match="an exit stands before layer 1; there are 1"):
+        replace(header, layouts={}).check(high, backbone.fingerprint)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda m: m["exits"][0].update(layer=0), "ascending ones from 1 on"),
+        (lambda m: m["exits"].append(m["exits"][0]), "ascending ones from 1 on"),
+        (lambda m: m["exits"][0].update(layer=2), "malformed"),
+        (lambda m: m["exits"][0].update(activations=["magic"]), "magic"),
+        (lambda m: m["exits"][0].update(activations=[]), "does not explain"),
+        (lambda m: m["head"].update(problem="regression"), "no confidence"),
+        (lambda m: m.update(exit_threshold=1.5), "from 0 to 1"),
+        (lambda m: m.update(exit_threshold=True), "from 0 to 1"),
+        (lambda m: m.update(self_test_exits=[1]), "one for each"),
+        (lambda m: m.pop("exits"), "does not explain"),
+    ],
+)
+def test_lying_exits_are_refused(backbone, module, change, says):
+    data = write_tenant(Factory(backbone, seed=2).with_exits(module, 1))
+    with pytest.raises(CorruptFile, match=says):
+        read_tenant_bytes(rewrite(data, change_meta=change))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -31,7 +31,8 @@ def build_model(
         torch.manual_seed(config.seed)
         head = _head(config, backbone, labels, targets)
         deltas, paths = _deltas(config, backbone), tenant_paths(config, backbone)
-        return TenantModel(backbone, deltas, head, paths=paths, backoff_share=config.backoff_share)
+        exits = {layer: _head(config, backbone, labels, ()) for layer in _exit_layers(config, backbone)}
+        return TenantModel(backbone, deltas, head, paths=paths, backoff_share=config.backoff_share, exits=exits)
 
 
 def tenant_paths(config: TrainConfig, backbone: Backbone) -> tuple[str, ...]:
@@ -43,6 +44,14 @@ def tenant_paths(config: TrainConfig, backbone: Backbone) -> tuple[str, ...]:
             f"the backbone has no path {bad[0]}, it has {', '.join(have)}; give one of these", param="paths"
         )
     return tuple(path for path in PATHS if path in config.paths) or own_paths(skip)
+
+
+def _exit_layers(config: TrainConfig, backbone: Backbone) -> list[int]:
+    """Ascending. Raises ConfigError for one that there cannot be."""
+    first, last = max(1, _first_layer(config, backbone)), backbone.config.num_layers - 1
+    if bad := [layer for layer in config.exits if not first <= layer <= last]:
+        raise ConfigError(f"exits has {bad[0]}; give layers from {first} to {last} of this backbone", param="exits")
+    return sorted(set(config.exits))
 
 
 def _head(config: TrainConfig, backbone: Backbone, labels: tuple[str, ...], targets: Sequence[float]) -> TrainableHead:

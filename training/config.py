@@ -64,6 +64,12 @@ class TrainConfig:
         choices=PATHS,
     )
     backoff_share: float = setting(0.5, "path backoff: part of the n-grams that are shortened", at_least=0)
+    exits: tuple[int, ...] = setting(
+        (),
+        "task classify: layers, from 1 on, before which an answer may leave early; none: all layers are computed",
+        of=int,
+    )
+    exit_cost: float = setting(0.0, "what leaving early may cost of the metric on dev; sets the confidence", at_least=0)
     pooling: str = setting(
         "auto", "states to one row a sequence; auto: as the backbone folder says", choices=("auto", "mean", "cls")
     )
@@ -95,6 +101,8 @@ class TrainConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give a share below 1")
         if self.seed >= 2**63:
             raise ConfigError(f"seed is {self.seed}; give a number below 2**63", param="seed")
+        if self.exits and self.task != "classify":
+            raise ConfigError(f"exits are of classifiers; leave them out for task {self.task}", param="exits")
         if not self.targets:
             raise ConfigError("targets is empty; give linears, or method head to train no deltas", param="targets")
 

@@ -95,7 +95,10 @@ def _step(
     settings: FitSettings,
 ) -> float:
     batch, target = train.batch(indices, model.device, path)
-    loss = _loss(model, model(batch), target, settings.label_smoothing)
+    # Exits count less than what comes after them: 1, 2, 3, ... (docs/training.md)
+    outputs = model.outputs(batch)
+    losses = [i * _loss(model, each, target, settings.label_smoothing) for i, each in enumerate(outputs, 1)]
+    loss = torch.stack(losses).sum() / sum(range(1, len(losses) + 1))
     if not torch.isfinite(loss):
         raise ConfigError(f"the loss is {loss.item()} with lr {settings.lr} and head_lr {settings.head_lr}; lower them")
     loss.backward()  # type: ignore[no-untyped-call]
@@ -118,7 +121,7 @@ def _optimizer(model: TenantModel, settings: FitSettings, num_steps: int) -> tup
     """Two groups, deltas and head, each with its own rate; both rise over the warm-up and fall to zero at the end."""
     groups = [
         {"params": list(model.deltas.parameters()), "lr": settings.lr},
-        {"params": list(model.head.parameters()), "lr": settings.head_lr},
+        {"params": [*model.head.parameters(), *model.exits.parameters()], "lr": settings.head_lr},
     ]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=settings.weight_decay)
     warmup_steps = max(1, round(settings.warmup_share * num_steps))

@@ -8,7 +8,7 @@ below the lowest delta is the same in every epoch: `frozen_rows` computes it onc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from training.skip_student import Batch, hashed_kept, read_lower
 from vbert.activations import activate
 from vbert.config import EMBEDDING_LAYER
 from vbert.formats.transformers_folder import Backbone
+from vbert.tenant import Exit
 
 __all__ = ["PaddedBatch", "TenantModel"]
 
@@ -52,15 +53,19 @@ class TenantModel(nn.Module):
         *,
         paths: Sequence[str] = ("plain",),
         backoff_share: float = 0.5,
+        exits: Mapping[int, TrainableHead] | None = None,
     ) -> None:
-        """paths: the ways through the lower layers that it learns. backoff_share: of n-grams shortened on `backoff`."""
+        """paths: the ways through the lower layers that it learns. backoff_share: of n-grams shortened on `backoff`.
+        exits: heads that read what enters a layer, by ascending layer."""
         super().__init__()
         self.paths, self._backoff_share = tuple(paths), backoff_share
         self._skip = backbone.skip if self.paths != ("plain",) else None
         self._lower = [] if self.paths == ("plain",) else [read_lower(backbone)]  # a list: no part of the state dict
         self.config, self.weights = backbone.config, backbone.weights
         self.trainables, self.deltas, self.head = tuple(deltas), nn.ModuleList(deltas), head
-        self.lowest_layer = min((delta.layer for delta in deltas), default=self.config.num_layers)
+        self.exit_layers = tuple(exits or ())
+        self.exits = nn.ModuleList((exits or {}).values())
+        self.lowest_layer = min((*(delta.layer for delta in deltas), *self.exit_layers), default=self.config.num_layers)
         self._at: dict[tuple[int, str], list[TrainableDelta]] = {}
         for delta in deltas:
             self._at.setdefault((delta.layer, delta.site.split(".")[0]), []).append(delta)
@@ -82,12 +87,24 @@ class TenantModel(nn.Module):
 
     def forward(self, batch: PaddedBatch) -> Tensor:
         """Head outputs before softmax: [B, C], or [B, n, C] of a token head."""
+        return self.outputs(batch)[-1]
+
+    def outputs(self, batch: PaddedBatch) -> list[Tensor]:
+        """The same of every exit, and then of the head."""
         if batch.rows is None:
             batch = self.frozen_rows(batch)
         assert batch.rows is not None
-        hidden = self._layers(batch.rows, batch.mask, max(self.lowest_layer, 0), self.config.num_layers)
-        output: Tensor = self.head(hidden, batch.mask)
-        return output
+        found: list[Tensor] = []
+        hidden, layer = batch.rows, max(self.lowest_layer, 0)
+        heads = zip((*self.exit_layers, self.config.num_layers), (*self.exits, self.head), strict=True)
+        for before, head in heads:
+            hidden, layer = self._layers(hidden, batch.mask, layer, before), before
+            found.append(head(hidden, batch.mask))
+        return found
+
+    def exported_exits(self) -> tuple[Exit, ...]:
+        heads = [head for head in self.exits if isinstance(head, TrainableHead)]
+        return tuple(Exit(layer=i, head=head.export()) for i, head in zip(self.exit_layers, heads, strict=True))
 
     def mean_states(self, batch: PaddedBatch) -> Tensor:
         """[B, H]: the mean of the last states of each sequence, before any head. For a model without deltas."""

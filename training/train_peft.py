@@ -18,8 +18,10 @@ from training.config import TrainConfig, read_recipe
 from training.data import Row, label_names, read_rows, tokenise
 from training.devices import training_device
 from training.evaluate import evaluate, main_metric
+from training.exits import Judged, lowest_threshold
 from training.export_tenant import export, write
 from training.loop import FitSettings, fit
+from training.model import TenantModel
 from training.progress import Progress, silent
 from vbert.errors import ConfigError
 from vbert.formats.transformers_folder import Backbone, read_backbone
@@ -31,7 +33,8 @@ __all__ = ["TrainConfig", "TrainReport", "fit_settings", "read_recipe", "run"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainReport:
     """dev, test: all metrics of the best epoch by name (test empty without a test file), of the first path; by_path: of
-    every path, by "dev" and "test". metric: the one that chose it, its mean over the paths.
+    every path, by "dev" and "test". metric: the one that chose it, its mean over the paths. exits: the confidence above
+    which answers leave early, and what that gives by path (training/exits.py); empty without exits.
 
     best_epoch counts from 1. losses, dev_metrics: one number an epoch.
     """
@@ -42,6 +45,7 @@ class TrainReport:
     dev: dict[str, float]
     test: dict[str, float]
     by_path: dict[str, dict[str, dict[str, float]]]
+    exits: dict[str, Any]
     best_epoch: int
     losses: tuple[float, ...]
     dev_metrics: tuple[float, ...]
@@ -81,8 +85,12 @@ def run(config: TrainConfig, *, progress: Progress = silent) -> TrainReport:
     measured = {"dev": dev} | ({"test": parts["test"]} if "test" in parts else {})
     by_path = {path: {name: evaluate(model, data, path) for name, data in measured.items()} for path in model.paths}
     results = by_path[model.paths[0]]
-    told = results if model.paths == ("plain",) else by_path
-    module = export(model, backbone, parts["dev"].examples, _source(config, backbone, told))
+    told: dict[str, Any] = {**(results if model.paths == ("plain",) else by_path)}
+    exits = _exits(model, measured, config.exit_cost) if model.exit_layers else {}
+    if exits:
+        told["exits"] = exits
+    threshold = exits.get("threshold", 1.0)
+    module = export(model, backbone, parts["dev"].examples, _source(config, backbone, told), threshold)
     return TrainReport(
         path=Path(config.out),
         num_bytes=write(module, Path(config.out)),
@@ -90,6 +98,7 @@ def run(config: TrainConfig, *, progress: Progress = silent) -> TrainReport:
         dev=results["dev"],
         test=results.get("test", {}),
         by_path=by_path,
+        exits=exits,
         best_epoch=fitted.best_epoch + 1,
         losses=fitted.losses,
         dev_metrics=fitted.dev_metrics,
@@ -98,6 +107,15 @@ def run(config: TrainConfig, *, progress: Progress = silent) -> TrainReport:
         num_train_rows=len(train),
         seconds=time.perf_counter() - started,
     )
+
+
+def _exits(model: TenantModel, measured: Mapping[str, Dataset], allowed: float) -> dict[str, Any]:
+    judged = {name: {path: Judged.of(model, data, path) for path in model.paths} for name, data in measured.items()}
+    threshold = lowest_threshold(list(judged["dev"].values()), allowed)
+    by_path = {
+        path: {name: of_path[path].report(threshold) for name, of_path in judged.items()} for path in model.paths
+    }
+    return {"threshold": threshold} | (by_path[model.paths[0]] if model.paths == ("plain",) else by_path)
 
 
 def _check_paths(config: TrainConfig) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vbert.checkpoint import check_sparse, read_head, read_self_tests
+from vbert.checkpoint import check_sparse, read_exits, read_head, read_self_tests
 from vbert.config import EncoderConfig
 from vbert.errors import ShapeError
 from vbert.header import TenantHeader
@@ -25,7 +25,7 @@ from vbert.layout import SlotLayout
 from vbert.memory import AddressSpace, Memory
 from vbert.skip import Skip
 from vbert.slot_file import Witness, read_into
-from vbert.tenant import Head, SelfTest
+from vbert.tenant import Exit, Head, SelfTest
 
 __all__ = ["Arena", "ArenaClass", "Reservation", "ResidentTenant"]
 
@@ -134,6 +134,7 @@ class ResidentTenant:
     reservation: Reservation
     head: Head
     self_tests: tuple[SelfTest, ...] = field(repr=False)
+    exits: tuple[Exit, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -152,12 +153,9 @@ class ResidentTenant:
         return self.reservation.num_bytes
 
     def moved(self, reservation: Reservation, device: torch.device) -> ResidentTenant:
-        """The same tenant with its slots on a device, whose numbers come from an upload. The head goes there now."""
-        layers = tuple(
-            replace(d, weight=d.weight.to(device), bias=None if d.bias is None else d.bias.to(device))
-            for d in self.head.layers
-        )
-        return replace(self, reservation=reservation, head=replace(self.head, layers=layers))
+        """The same tenant with its slots on a device, whose numbers come from an upload. The heads go there now."""
+        exits = tuple(replace(each, head=_head_on(each.head, device)) for each in self.exits)
+        return replace(self, reservation=reservation, head=_head_on(self.head, device), exits=exits)
 
     def owned(self) -> bool:
         """Whether every slot still belongs to this digest. A batch asks before and after it ran."""
@@ -244,14 +242,19 @@ class Arena:
             arena_class.settle(slot, layout, self._config, checked=read.is_known)
         if witness is not None:
             witness.verified(reservation.digest, header, read.found)
-        head, self_tests = read_head(header, read.tensors), self._own_tests(header, read.tensors)
-        return ResidentTenant(reservation=reservation, head=head, self_tests=self_tests)
+        return ResidentTenant(
+            reservation=reservation,
+            head=read_head(header, read.tensors),
+            self_tests=self._own_tests(header, read.tensors),
+            exits=read_exits(header, read.tensors),
+        )
 
     def _own_tests(self, header: TenantHeader, tensors: Mapping[str, Tensor]) -> tuple[SelfTest, ...]:
-        """Those of the paths that there are here; none where the file does not test each of them."""
+        """Those of the paths that there are here; none where the file does not test each of them, and each exit."""
         paths = header.paths_on(self._skip)
         tests = tuple(test for test in read_self_tests(header, tensors) if test.path in paths)
-        return tests if {test.path for test in tests} == set(paths) else ()
+        wanted = {(path, layer) for path in paths for layer in (0, *(each.layer for each in header.exits))}
+        return tests if {(test.path, test.exit) for test in tests} == wanted else ()
 
     def release(self, tenant: ResidentTenant | Reservation) -> None:
         """Give the slots back. The caller knows that no batch uses them."""
@@ -282,8 +285,16 @@ class Arena:
 
     def _bytes_by_kind(self, header: TenantHeader) -> dict[str, int]:
         by_kind = {kind: slot_bytes(layout, self._dtype) for kind, layout in header.layouts.items()}
-        by_kind["head"] = sum((out + out * into) * 4 for out, into in header.layer_shapes)
+        heads = (header.layer_shapes, *header.exit_shapes)
+        by_kind["head"] = sum((out + out * into) * 4 for shapes in heads for out, into in shapes)
         return by_kind
+
+
+def _head_on(head: Head, device: torch.device) -> Head:
+    layers = (
+        replace(d, weight=d.weight.to(device), bias=None if d.bias is None else d.bias.to(device)) for d in head.layers
+    )
+    return replace(head, layers=tuple(layers))
 
 
 def slot_bytes(layout: SlotLayout, dtype: torch.dtype) -> int:

@@ -1,7 +1,7 @@
 """The native tenant file: one safetensors file whose data is the slot layout. Written by training and by imports.
 
 Tensors: `delta.<kind>` [numel], the flat slot of each kind, all float32 or all bfloat16; for sparse also
-`delta.sparse.columns` [numel] and `delta.sparse.row_starts`; `head.<i>.weight|bias`;
+`delta.sparse.columns` [numel] and `delta.sparse.row_starts`; `head.<i>.weight|bias`; `exit.<layer>.<i>.weight|bias`;
 `self_test.<i>.token_ids|type_ids|expected`. Everything else is JSON in the safetensors metadata. Nothing is ever
 unpickled, and no field of the file is trusted: sizes, names and numbers are checked before anything is used.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,17 @@ from vbert.config import EncoderConfig
 from vbert.errors import CorruptFile
 from vbert.header import AGAIN, FORMAT_VERSION, TenantHeader, parse_header
 from vbert.layout import SlotLayout, pack, unpack
-from vbert.tenant import Dense, Head, SelfTest, Sparse, TenantModule
+from vbert.tenant import Dense, Exit, Head, SelfTest, Sparse, TenantModule
 
-__all__ = ["check_sparse", "load_tensors", "read_head", "read_self_tests", "read_tenant_bytes", "write_tenant"]
+__all__ = [
+    "check_sparse",
+    "load_tensors",
+    "read_exits",
+    "read_head",
+    "read_self_tests",
+    "read_tenant_bytes",
+    "write_tenant",
+]
 
 
 def write_tenant(module: TenantModule, dtype: torch.dtype = torch.float32) -> bytes:
@@ -40,10 +49,12 @@ def write_tenant(module: TenantModule, dtype: torch.dtype = torch.float32) -> by
         tensors[f"delta.{kind}"] = data.to(dtype)
         if kind == "sparse":
             tensors |= _sparse_integers(layout, [d for d in module.deltas if isinstance(d, Sparse)])
-    for i, layer in enumerate(module.head.layers):
-        tensors[f"head.{i}.weight"] = layer.weight.detach().to(torch.float32).contiguous()
-        if layer.bias is not None:
-            tensors[f"head.{i}.bias"] = layer.bias.detach().to(torch.float32).contiguous()
+    heads = {"head": module.head} | {f"exit.{each.layer}": each.head for each in module.exits}
+    for name, head in heads.items():
+        for i, layer in enumerate(head.layers):
+            tensors[f"{name}.{i}.weight"] = layer.weight.detach().to(torch.float32).contiguous()
+            if layer.bias is not None:
+                tensors[f"{name}.{i}.bias"] = layer.bias.detach().to(torch.float32).contiguous()
     for i, test in enumerate(module.self_tests):
         tensors[f"self_test.{i}.token_ids"] = test.token_ids.to(torch.int64, copy=True)
         tensors[f"self_test.{i}.type_ids"] = test.type_ids.to(torch.int64, copy=True)
@@ -61,6 +72,13 @@ def write_tenant(module: TenantModule, dtype: torch.dtype = torch.float32) -> by
     if module.paths != ("plain",):
         meta |= {"paths": module.paths, "skip_fingerprint": module.skip_fingerprint}
         meta["self_test_paths"] = [test.path for test in module.self_tests]
+    if module.exits:
+        meta["exits"] = [
+            {"layer": each.layer, "activations": [layer.activation for layer in each.head.layers]}
+            for each in module.exits
+        ]
+        meta["exit_threshold"] = module.exit_threshold
+        meta["self_test_exits"] = [test.exit for test in module.self_tests]
     return save_safetensors(tensors, metadata={"vbert": json.dumps(meta, sort_keys=True, separators=(",", ":"))})
 
 
@@ -86,6 +104,8 @@ def read_tenant_bytes(data: bytes) -> TenantModule:
         self_tests=read_self_tests(header, tensors),
         paths=header.paths,
         skip_fingerprint=header.skip_fingerprint,
+        exits=read_exits(header, tensors),
+        exit_threshold=header.exit_threshold,
         source=dict(header.source),
     )
 
@@ -102,27 +122,18 @@ def load_tensors(data: bytes) -> dict[str, Tensor]:
 
 def read_head(header: TenantHeader, tensors: Mapping[str, Tensor]) -> Head:
     """The head with its layers, as float32 tensors."""
-    layers = tuple(
-        Dense(weight=tensors[f"head.{i}.weight"], bias=tensors.get(f"head.{i}.bias"), activation=empty.activation)
-        for i, empty in enumerate(header.head.layers)
-    )
-    head = header.head
-    return Head(
-        kind=head.kind,
-        pooling=head.pooling,
-        shared_pooler=head.shared_pooler,
-        layers=layers,
-        problem=head.problem,
-        labels=head.labels,
-        normalise=head.normalise,
-    )
+    return _filled(header.head, "head", tensors)
+
+
+def read_exits(header: TenantHeader, tensors: Mapping[str, Tensor]) -> tuple[Exit, ...]:
+    return tuple(replace(each, head=_filled(each.head, f"exit.{each.layer}", tensors)) for each in header.exits)
 
 
 def read_self_tests(header: TenantHeader, tensors: Mapping[str, Tensor]) -> tuple[SelfTest, ...]:
     names = ("token_ids", "type_ids", "expected")
     return tuple(
-        SelfTest(**{name: tensors[f"self_test.{i}.{name}"] for name in names}, path=path)
-        for i, path in enumerate(header.self_test_paths)
+        SelfTest(**{name: tensors[f"self_test.{i}.{name}"] for name in names}, path=path, exit=exit_layer)
+        for i, (path, exit_layer) in enumerate(zip(header.self_test_paths, header.self_test_exits, strict=True))
     )
 
 
@@ -155,6 +166,15 @@ def _sparse_integers(layout: SlotLayout, deltas: list[Sparse]) -> dict[str, Tens
         columns[entry.offset : entry.offset + delta.columns.numel()] = delta.columns.to(torch.int32)
         starts.append(delta.row_starts.to(torch.int32))
     return {"delta.sparse.columns": columns, "delta.sparse.row_starts": torch.cat(starts)}
+
+
+def _filled(head: Head, name: str, tensors: Mapping[str, Tensor]) -> Head:
+    """The head with its numbers, which are under that name."""
+    layers = tuple(
+        Dense(weight=tensors[f"{name}.{i}.weight"], bias=tensors.get(f"{name}.{i}.bias"), activation=empty.activation)
+        for i, empty in enumerate(head.layers)
+    )
+    return replace(head, layers=layers)
 
 
 def _head_json(head: Head) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -32,6 +33,11 @@ class Feed(Protocol):
 
     def keep_ngrams(self, rows: Tensor) -> None:
         """[m, 3, H] on the model's device: rows of the entry's missing n-grams. They are the feed's own."""
+        ...
+
+    def exited(self, layers: Sequence[int]) -> None:
+        """[B]: before which layer the answer of each sequence left early, in the order they were given; 0: it did not.
+        Told of batches in which some may."""
         ...
 
     def before_layer(self, i: int) -> None:

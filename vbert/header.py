@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from vbert.config import ACTIVATIONS, EncoderConfig
 from vbert.errors import CorruptFile, WrongBackbone
 from vbert.layout import SlotLayout
 from vbert.skip import Skip, usable_paths
-from vbert.tenant import HEAD_KINDS, PATHS, Dense, Head
+from vbert.tenant import HEAD_KINDS, PATHS, Dense, Exit, Head
 
 __all__ = ["AGAIN", "FORMAT_VERSION", "StoredTensor", "TenantHeader", "parse_header", "read_header"]
 
@@ -54,7 +54,8 @@ class TenantHeader:
     """What a native file says of itself, without its numbers. `head` has no layers; `num_bytes` is the whole file.
 
     data_begin: where the tensors start; key: SHA-256 of the bytes before it. dtype: of the stored deltas. paths,
-    skip_fingerprint: as in TenantModule. self_test_paths: of each self-test.
+    skip_fingerprint, exits, exit_threshold: as in TenantModule, but that exits have no numbers; exit_shapes: of each.
+    self_test_paths, self_test_exits: of each self-test.
     """
 
     fingerprint: str
@@ -68,6 +69,10 @@ class TenantHeader:
     self_test_paths: tuple[str, ...]
     paths: tuple[str, ...]
     skip_fingerprint: str
+    exits: tuple[Exit, ...]
+    exit_shapes: tuple[tuple[tuple[int, int], ...], ...]
+    exit_threshold: float
+    self_test_exits: tuple[int, ...]
     source: Mapping[str, Any]
     num_bytes: int
 
@@ -86,8 +91,9 @@ class TenantHeader:
 
     @property
     def lowest_layer(self) -> int | None:
-        """The lowest layer that has a delta; None for a tenant that is a head only."""
-        return min((e.layer for layout in self.layouts.values() for e in layout.entries), default=None)
+        """The lowest layer that has a delta, or an exit before it; None for a tenant that is a head only."""
+        changed = {entry.layer for layout in self.layouts.values() for entry in layout.entries}
+        return min(changed | {each.layer for each in self.exits}, default=None)
 
     @property
     def num_self_tests(self) -> int:
@@ -116,21 +122,24 @@ class TenantHeader:
         lowest = self.lowest_layer
         if paths != ("plain",) and skip is not None and lowest is not None and lowest < skip.config.first_layer:
             raise CorruptFile(
-                f"a tenant that skips layers below {skip.config.first_layer} has a delta in layer {lowest}; train it "
-                f"with deltas from layer {skip.config.first_layer} on"
+                f"a tenant that skips layers below {skip.config.first_layer} has a delta, or an exit, in layer "
+                f"{lowest}; train it with those from layer {skip.config.first_layer} on"
             )
         for layout in self.layouts.values():
             if layout.key not in known:
                 layout.check(config)
-        width = config.hidden_size
+        if self.exits and self.exits[-1].layer >= config.num_layers:
+            raise CorruptFile(f"an exit stands before layer {self.exits[-1].layer}; there are {config.num_layers}")
         if self.head.shared_pooler and not config.has_pooler:
             raise CorruptFile(
                 "the head uses the backbone's pooler, and this backbone has none; store the pooler with it"
             )
-        for out_width, in_width in self.layer_shapes:
-            if in_width != width:
-                raise CorruptFile(f"a head layer takes {in_width} numbers where {width} come in; {AGAIN}")
-            width = out_width
+        for shapes in (self.layer_shapes, *self.exit_shapes):
+            width = config.hidden_size
+            for out_width, in_width in shapes:
+                if in_width != width:
+                    raise CorruptFile(f"a head layer takes {in_width} numbers where {width} come in; {AGAIN}")
+                width = out_width
         if self.max_length is not None and not 2 < self.max_length <= config.max_length:
             raise CorruptFile(f"max_length {self.max_length} is outside 3..{config.max_length}; {AGAIN}")
 
@@ -158,10 +167,12 @@ def parse_header(data: bytes, num_bytes: int | None = None) -> TenantHeader:
         fields = json.loads(meta["vbert"])
         if fields["version"] != FORMAT_VERSION:
             raise CorruptFile(f"format version {fields['version']} is not {FORMAT_VERSION}; convert the tenant again")
+        head = _head_from_json(fields["head"])
+        exits = _exits(fields.get("exits", []), head)
         header = TenantHeader(
             fingerprint=str(fields["backbone_fingerprint"]),
-            head=_head_from_json(fields["head"]),
-            layer_shapes=_layer_shapes(fields["head"], table),
+            head=head,
+            layer_shapes=_layer_shapes("head", head, table),
             layouts={kind: SlotLayout.from_json(kind, rows) for kind, rows in fields["layouts"].items()},
             tensors=table,
             data_begin=data_begin,
@@ -170,6 +181,10 @@ def parse_header(data: bytes, num_bytes: int | None = None) -> TenantHeader:
             self_test_paths=_self_test_paths(fields),
             paths=_paths(fields.get("paths", ["plain"])),
             skip_fingerprint=str(fields.get("skip_fingerprint", "")),
+            exits=exits,
+            exit_shapes=tuple(_layer_shapes(f"exit.{each.layer}", each.head, table) for each in exits),
+            exit_threshold=_threshold(fields.get("exit_threshold", 1.0)),
+            self_test_exits=_self_test_exits(fields, exits),
             source=dict(fields["source"]),
             num_bytes=num_bytes,
         )
@@ -197,30 +212,62 @@ def _self_test_paths(fields: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(paths)
 
 
+def _exits(items: Any, head: Head) -> tuple[Exit, ...]:
+    """Without their numbers, as the head. Raises CorruptFile."""
+    exits = tuple(
+        Exit(layer=int(item["layer"]), head=replace(head, shared_pooler=False, layers=_empty_layers(item)))
+        for item in items
+    )
+    layers = [each.layer for each in exits]
+    if layers != sorted(set(layers)) or min(layers, default=1) < 1:
+        raise CorruptFile(f"the exits stand before the layers {layers}; ascending ones from 1 on are read")
+    if exits and (head.kind != "classify" or head.problem == "regression"):
+        raise CorruptFile(f"a {head.kind} head of problem {head.problem} has no confidence to leave early by; {AGAIN}")
+    return exits
+
+
+def _threshold(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise CorruptFile(f"the exit threshold is {value!r}; a confidence from 0 to 1 is read")
+    return float(value)
+
+
+def _self_test_exits(fields: Mapping[str, Any], exits: tuple[Exit, ...]) -> tuple[int, ...]:
+    """One for each self-test. Raises CorruptFile."""
+    count = int(fields["num_self_tests"])
+    layers = fields.get("self_test_exits", [0] * count)
+    if not isinstance(layers, list) or len(layers) != count or not {*layers} <= {0, *(each.layer for each in exits)}:
+        raise CorruptFile(f"the self-tests are of the exits {layers!r}; give one for each, 0 for the head; {AGAIN}")
+    return tuple(layers)
+
+
 def _head_from_json(fields: Mapping[str, Any]) -> Head:
     """The head without its numbers: each layer is an empty Dense that only carries the activation."""
     for name, allowed in (("kind", HEAD_KINDS), ("pooling", _POOLINGS), ("problem", _PROBLEMS)):
         if fields[name] not in allowed:
             raise CorruptFile(f"head {name} {fields[name]!r} is unknown; one of {', '.join(allowed)} is read")
-    if bad := [a for a in fields["activations"] if a not in ACTIVATIONS]:
-        raise CorruptFile(f"head activation {bad[0]!r} is unknown; one of {', '.join(ACTIVATIONS)} is read")
     labels = tuple(fields["labels"])
     if len(labels) > MAX_LABELS or not all(isinstance(label, str) for label in labels):
         raise CorruptFile(f"labels must be at most {MAX_LABELS} strings; there are {len(labels)}")
-    empty = torch.empty(0)
     return Head(
         kind=fields["kind"],
         pooling=fields["pooling"],
         shared_pooler=bool(fields["shared_pooler"]),
-        layers=tuple(Dense(weight=empty, bias=None, activation=a) for a in fields["activations"]),
+        layers=_empty_layers(fields),
         problem=fields["problem"],
         labels=labels,
         normalise=bool(fields["normalise"]),
     )
 
 
-def _layer_shapes(head: Mapping[str, Any], table: Mapping[str, StoredTensor]) -> tuple[tuple[int, int], ...]:
-    shapes = tuple(table[f"head.{i}.weight"].shape for i in range(len(head["activations"])))
+def _empty_layers(fields: Mapping[str, Any]) -> tuple[Dense, ...]:
+    if bad := [a for a in fields["activations"] if a not in ACTIVATIONS]:
+        raise CorruptFile(f"head activation {bad[0]!r} is unknown; one of {', '.join(ACTIVATIONS)} is read")
+    return tuple(Dense(weight=torch.empty(0), bias=None, activation=a) for a in fields["activations"])
+
+
+def _layer_shapes(name: str, head: Head, table: Mapping[str, StoredTensor]) -> tuple[tuple[int, int], ...]:
+    shapes = tuple(table[f"{name}.{i}.weight"].shape for i in range(len(head.layers)))
     if any(len(shape) != 2 for shape in shapes):
         raise CorruptFile(f"head weights have shapes {shapes}; each must be [out, in]; {AGAIN}")
     return cast("tuple[tuple[int, int], ...]", shapes)
@@ -271,10 +318,13 @@ def _check_tensor_table(header: TenantHeader) -> None:
             wanted["delta.sparse.columns"] = (torch.int32, (layout.numel,))
             num_starts = sum(int(e.variant) + 1 for e in layout.entries)
             wanted["delta.sparse.row_starts"] = (torch.int32, (num_starts,))
-    for i, (out_width, in_width) in enumerate(header.layer_shapes):
-        wanted[f"head.{i}.weight"] = (torch.float32, (out_width, in_width))
-        if f"head.{i}.bias" in header.tensors:
-            wanted[f"head.{i}.bias"] = (torch.float32, (out_width,))
+    heads = {"head": header.layer_shapes}
+    heads |= {f"exit.{each.layer}": shapes for each, shapes in zip(header.exits, header.exit_shapes, strict=True)}
+    for name, shapes in heads.items():
+        for i, (out_width, in_width) in enumerate(shapes):
+            wanted[f"{name}.{i}.weight"] = (torch.float32, (out_width, in_width))
+            if f"{name}.{i}.bias" in header.tensors:
+                wanted[f"{name}.{i}.bias"] = (torch.float32, (out_width,))
     for i in range(header.num_self_tests):
         wanted |= {f"self_test.{i}.token_ids": (torch.int64, None), f"self_test.{i}.type_ids": (torch.int64, None)}
         wanted[f"self_test.{i}.expected"] = (torch.float32, None)
@@ -285,10 +335,9 @@ def _check_tensor_table(header: TenantHeader) -> None:
         if found is None or found.dtype != dtype or (shape is not None and found.shape != shape):
             raise CorruptFile(f"tensor {name!r} is {found}, the metadata promises {dtype} {shape}; {AGAIN}")
     head, labels = header.head, len(header.head.labels)
-    if head.kind != "embed" and (not header.layer_shapes or header.layer_shapes[-1][0] != labels or not labels):
-        raise CorruptFile(
-            f"the head has {labels} labels and layers {header.layer_shapes}; one output a label is needed"
-        )
+    for shapes in heads.values() if head.kind != "embed" else ():
+        if not shapes or shapes[-1][0] != labels or not labels:
+            raise CorruptFile(f"a head has {labels} labels and layers {shapes}; one output a label is needed")
     if (head.kind == "token_classify") != (head.pooling == "none"):
         raise CorruptFile(f"a {head.kind} head cannot have pooling {head.pooling!r}; {AGAIN}")
     if head.kind == "rerank" and labels != 1:

@@ -13,6 +13,7 @@ from torch import Tensor
 from vbert.config import EMBEDDING_LAYER
 from vbert.encoder import Encoder
 from vbert.errors import KernelUnavailable, ShapeError
+from vbert.exits import Left, leave, rows_of, staying
 from vbert.feed import Feed
 from vbert.formats.transformers_folder import Backbone
 from vbert.graphs import HiddenGraphs, capture_on_cuda
@@ -105,14 +106,18 @@ class Model:
 
     @torch.inference_mode()
     def hidden(self, batch: PackedBatch, feed: Feed | None = None) -> Tensor:
-        """Last hidden states in packed order, [T, H]. Any number of threads may call it; on a GPU, of one stream."""
-        feed = feed or _Nothing()
+        """Last hidden states in packed order, [T, H], of those that do not leave early. Any number of threads may call
+        it; on a GPU, of one stream."""
+        return self._to_the_end(batch, feed or _Nothing(), {})[0]
+
+    def _to_the_end(self, batch: PackedBatch, feed: Feed, left: Left) -> tuple[Tensor, PackedBatch | None]:
+        """Last hidden states, and the batch of those that came so far; `left` gets the others."""
         word_rows = feed.word_rows()
         everything = partial(self._wait_for_all, feed)
-        plain = word_rows is None and batch.junction is None
+        plain = word_rows is None and batch.junction is None and not batch.exits
         if self._graphs is not None and plain and (graph := self._graphs.find(batch, everything)):
             everything()  # a graph cannot wait inside
-            return graph.run(batch)
+            return graph.run(batch), batch
         if word_rows is None and batch.entering is not None:
             word_rows = self.encoder.mapped_words(batch.entering.rows)
         elif word_rows is not None and word_rows.is_cuda:
@@ -122,7 +127,7 @@ class Model:
         except IndexError:
             space = self._new_space()
         try:
-            return self._layers(self._moved(batch), space, feed, word_rows)
+            return self._all_layers(self._moved(batch), space, feed, word_rows, left)
         finally:
             self._spaces.append(space)
 
@@ -137,14 +142,16 @@ class Model:
     @torch.inference_mode()
     def launch(self, batch: PackedBatch, feed: Feed | None = None) -> Callable[[], list[Tensor]]:
         """Begin a forward on this thread's stream; what it returns waits for the end and gives what `forward` gives."""
-        feed = feed or _Nothing()
-        hidden = self.hidden(batch, feed)
+        feed, left = feed or _Nothing(), Left()
+        hidden, rest = self._to_the_end(batch, feed, left)
         feed.before_layer(self.config.num_layers)
-        packed = run_heads(hidden, batch.rows.cu_seqlens, batch.heads, self._pooler)
-        given = [packed[0]] * len(packed)
-        for j, i in enumerate(batch.order):
-            given[i] = packed[j]
-        return _to_host(given)
+        answers = {place: answer for place, (_, answer) in left.items()}
+        if rest is not None:
+            packed = run_heads(hidden, rest.rows.cu_seqlens, rest.heads, self._pooler)
+            answers |= dict(zip(rest.order, packed, strict=True))
+        if batch.exits:
+            feed.exited([left[i][0] if i in left else 0 for i in range(len(answers))])
+        return _to_host([answers[i] for i in range(len(answers))])
 
     def _new_space(self) -> Workspace:
         space = Workspace(self.dtype, self.device)
@@ -154,18 +161,29 @@ class Model:
     def _moved(self, batch: PackedBatch) -> PackedBatch:
         return batch.on(self.device, buckets=not self.encoder.takes_varlen)
 
-    def _layers(
-        self, batch: PackedBatch, space: Workspace, feed: Feed | None = None, word_rows: Tensor | None = None
-    ) -> Tensor:
-        """All layers of a batch whose tensors are on the model's device."""
-        feed = feed or _Nothing()
+    def _layers(self, batch: PackedBatch, space: Workspace) -> Tensor:
+        """All layers of a batch whose tensors are on the model's device, and which nobody leaves."""
+        return self._all_layers(batch, space, _Nothing(), None, {})[0]
+
+    def _all_layers(
+        self, batch: PackedBatch, space: Workspace, feed: Feed, word_rows: Tensor | None, left: Left
+    ) -> tuple[Tensor, PackedBatch | None]:
+        num_layers = self.config.num_layers
         if (junction := batch.junction) is None:
             hidden = self._embedded(batch, feed, word_rows)
-            return self._through(range(self.config.num_layers), batch, hidden, space, feed)
+            return self._upwards(range(num_layers), batch, hidden, space, feed, left)
         parts: list[Tensor] = []
-        if junction.lower is not None:
-            hidden = self._embedded(junction.lower, feed, word_rows)
-            parts.append(self._through(range(junction.layer), junction.lower, hidden, space, feed))
+        if (lower := junction.lower) is not None:
+            hidden = self._embedded(lower, feed, word_rows)
+            # whoever leaves here stays in the batch until the junction: others may want its states
+            places = lower.order if junction.source is None else [junction.computed[k] for k in lower.order]
+            attention = self.encoder.attention(lower.rows)
+            for i in range(junction.layer):
+                if i in lower.exits:
+                    leave(i, hidden, lower, places, left)
+                feed.before_layer(i)
+                hidden = self.encoder.layer(i, hidden, attention, lower.deltas, space)
+            parts.append(hidden)
             if len(junction.kept):
                 feed.keep(parts[0].index_select(0, junction.kept))
         if junction.num_given:
@@ -179,18 +197,31 @@ class Model:
         hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
         if junction.source is not None:
             hidden = hidden.index_select(0, junction.source)
-        return self._through(range(junction.layer, self.config.num_layers), batch, hidden, space, feed)
+        return self._upwards(range(junction.layer, num_layers), batch, hidden, space, feed, left)
 
     def _embedded(self, batch: PackedBatch, feed: Feed, word_rows: Tensor | None) -> Tensor:
         feed.before_layer(EMBEDDING_LAYER)
         return self.encoder.embed(batch.rows, batch.deltas, word_rows)
 
-    def _through(self, layers: range, batch: PackedBatch, hidden: Tensor, space: Workspace, feed: Feed) -> Tensor:
+    def _upwards(
+        self, layers: range, batch: PackedBatch, hidden: Tensor, space: Workspace, feed: Feed, left: Left
+    ) -> tuple[Tensor, PackedBatch | None]:
+        """To the last layer, with those that do not leave on the way."""
         attention = self.encoder.attention(batch.rows)
+        gone = 0  # of `left`, those that are no longer in the batch
         for i in layers:
+            if i in batch.exits:
+                leave(i, hidden, batch, batch.order, left)
+            if len(left) > gone:
+                if not (rest := staying(batch, left)):
+                    return hidden[:0], None
+                gone = len(left)
+                hidden = hidden.index_select(0, rows_of(batch, rest).to(hidden.device))
+                batch = self._moved(batch.only(rest, self.config, self.embed_head))
+                attention = self.encoder.attention(batch.rows)
             feed.before_layer(i)
             hidden = self.encoder.layer(i, hidden, attention, batch.deltas, space)
-        return hidden
+        return hidden, batch
 
 
 class _Nothing:
@@ -209,6 +240,9 @@ class _Nothing:
         return None
 
     def keep_ngrams(self, rows: Tensor) -> None:
+        pass
+
+    def exited(self, layers: Sequence[int]) -> None:
         pass
 
     def before_layer(self, i: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,7 +18,7 @@ from vbert.entry import Entry, Tokens
 from vbert.errors import ShapeError
 from vbert.ngram.index import shortened
 from vbert.skip import SLOTS, SkipConfig
-from vbert.tenant import Head
+from vbert.tenant import Exit, Head
 
 __all__ = ["Junction", "PackedBatch", "SequenceInput", "Ways", "own_ways", "pack_joined"]
 
@@ -30,7 +30,8 @@ class SequenceInput:
     scope: who may share what its lower layers give, see runtime/sequence_store.py; None: nobody does. paths: the ways
     through the lower layers that may be chosen among: those of vbert.tenant.PATHS; `compute`, which is `exact` without
     a look at what is stored; `shortened`, the same with n-grams shortened as a self-test of `backoff` has them.
-    domain: which n-gram tables are asked first.
+    domain: which n-gram tables are asked first. exit_above: the answer of an exit of its tenant will do if it is more
+    confident than this; 1: none is. exit_from: only exits from this layer on.
     """
 
     token_ids: Sequence[int]
@@ -39,6 +40,15 @@ class SequenceInput:
     scope: bytes | None = None
     paths: tuple[str, ...] = ("plain",)
     domain: str = ""
+    exit_above: float = 1.0
+    exit_from: int = 0
+
+    @property
+    def exits(self) -> tuple[Exit, ...]:
+        """Those it may leave by."""
+        if self.tenant is None or self.exit_above >= 1:
+            return ()
+        return tuple(each for each in self.tenant.exits if each.layer >= self.exit_from)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +76,8 @@ class Junction:
     layer: the first that all rows of the batch go through. lower: what is computed below it, if anything. source: [T],
     for each row of the batch its row among those of `lower`, the given ones after them and then those of `entry`; None:
     they are the same, and `lower` is the batch. kept: [n], rows of `lower` that others may want later. Both int64, on a
-    GPU int32. entry: of sequences that skip, if any.
+    GPU int32. entry: of sequences that skip, if any. computed: of each sequence that `lower` was given, its place among
+    those that the batch was given.
     """
 
     layer: int
@@ -75,6 +86,7 @@ class Junction:
     source: Tensor | None
     kept: Tensor
     entry: Entry | None = None
+    computed: Sequence[int] = ()
 
     def on(self, device: torch.device, batch: PackedBatch, buckets: bool) -> Junction:
         """The same for a GPU. batch: the one it belongs to, which is there already."""
@@ -90,13 +102,16 @@ class Junction:
 class PackedBatch:
     """Sequences packed so that the rows of one tenant, and of one arena class where possible, are contiguous.
 
-    order[j]: which of the given sequences lies at packed position j. heads: [B], in packed order.
+    order[j]: which of the given sequences lies at packed position j. sequences, heads: [B], in packed order. exits: by
+    layer, the packed positions of those that may leave before it.
     """
 
     rows: PackedRows
     deltas: BatchDeltas
     heads: tuple[Head, ...]
     order: tuple[int, ...]
+    sequences: tuple[SequenceInput, ...]
+    exits: Mapping[int, Sequence[int]]
     tenants: tuple[ResidentTenant, ...]  # distinct
     junction: Junction | None = None
 
@@ -109,28 +124,43 @@ class PackedBatch:
         firsts = [j for j, s in enumerate(packed) if j == 0 or s.tenant is not packed[j - 1].tenant]
         tenants = [packed[j].tenant for j in firsts]
         starts = [int(rows.cu_seqlens[j]) for j in (*firsts, len(packed))]
+        exits: dict[int, list[int]] = {}
+        for j, s in enumerate(packed):
+            for each in s.exits:
+                exits.setdefault(each.layer, []).append(j)
         return cls(
             rows=rows,
             deltas=BatchDeltas(tenants, starts),
             heads=tuple(s.tenant.head if s.tenant else embed_head for s in packed),
             order=tuple(order),
+            sequences=tuple(packed),
+            exits=exits,
             tenants=tuple(t for t in tenants if t is not None),
         )
+
+    def only(self, chosen: Sequence[int], config: EncoderConfig, embed_head: Head) -> PackedBatch:
+        """At least one of its sequences, by ascending packed position, without a junction; in host memory."""
+        fewer = PackedBatch.build([self.sequences[j] for j in chosen], config, embed_head)
+        return replace(fewer, order=tuple(self.order[chosen[k]] for k in fewer.order))
 
     @property
     def entering(self) -> PackedBatch | None:
         """What goes through the embeddings and the lowest layers."""
         return self if self.junction is None else self.junction.lower
 
-    def work(self, num_layers: int, local_layers: int = 0) -> float:
-        """Rows times the layers that they go through, as a share of what it is without a junction. local_layers: of a
-        skip part."""
-        if self.junction is None:
-            return 1.0
-        rows, layer = len(self.rows.token_ids), self.junction.layer
-        lower = 0 if self.junction.lower is None else len(self.junction.lower.rows.token_ids)
-        local = 0 if self.junction.entry is None else SLOTS * len(self.junction.entry.missing)
-        return (layer * lower + local_layers * local + (num_layers - layer) * rows) / (num_layers * rows)
+    def work(self, num_layers: int, local_layers: int = 0, exits: Sequence[int] = ()) -> float:
+        """Rows times the layers that they go through, as a share of what it is without a junction, or exits.
+        local_layers: of a skip part. exits: as `Feed.exited` has them."""
+        rows = self.rows.num_tokens
+        lengths = np.diff(self.rows.cu_seqlens).tolist()
+        gone = [(exits[i], length) for i, length in zip(self.order, lengths, strict=True) if exits and exits[i]]
+        saved = sum((num_layers - layer) * length for layer, length in gone)
+        if self.junction is not None:
+            layer = self.junction.layer
+            lower = 0 if self.junction.lower is None else len(self.junction.lower.rows.token_ids)
+            local = 0 if self.junction.entry is None else SLOTS * len(self.junction.entry.missing)
+            saved += layer * (rows - lower) - local_layers * local
+        return 1 - float(saved) / (num_layers * rows)
 
     def on(self, device: torch.device, *, buckets: bool) -> PackedBatch:
         """The same batch for a GPU: its integers there, in one copy on the current stream that nobody waits for.
@@ -172,7 +202,7 @@ def pack_joined(sequences: Sequence[SequenceInput], config: EncoderConfig, embed
     kept = _ranges(begin, lengths, ways.wanted)
     source = _ranges(begin[np.array(ways.first)], lengths, batch.order)
     num_given = int(lengths[list(ways.given)].sum())
-    return replace(batch, junction=Junction(ways.layer, lower, num_given, source, kept, ways.entry))
+    return replace(batch, junction=Junction(ways.layer, lower, num_given, source, kept, ways.entry, computed))
 
 
 def own_ways(sequences: Sequence[SequenceInput], skip: SkipConfig) -> Ways | None:

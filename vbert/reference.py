@@ -37,23 +37,36 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @torch.no_grad()
 def dense_forward(
-    backbone: Backbone, module: TenantModule | None, token_ids: Ids, type_ids: Ids, path: str = "plain"
+    backbone: Backbone,
+    module: TenantModule | None,
+    token_ids: Ids,
+    type_ids: Ids,
+    path: str = "plain",
+    exit_layer: int = 0,
 ) -> Tensor:
     """The head's output for one sequence, before softmax or sigmoid; of the backbone's embed head without a module.
 
-    Args: token_ids, type_ids: [n]. path: as in vbert.tenant.SelfTest.
+    Args: token_ids, type_ids: [n]. path: as in vbert.tenant.SelfTest. exit_layer: of an exit, 0: the tenant's head.
     Returns: fp32 [C]; [n, C] where the head pools nothing; [D] for an embedding, normalised if the head says so.
     Raises: ShapeError when the sequence is longer than the backbone or the ids and types differ in length.
     """
-    hidden = dense_hidden(backbone, module, token_ids, type_ids, path)
-    return _head(backbone.embed_head if module is None else module.head, hidden, backbone.weights)
+    hidden = dense_hidden(backbone, module, token_ids, type_ids, path, exit_layer or backbone.config.num_layers)
+    if module is None:
+        return _head(backbone.embed_head, hidden, backbone.weights)
+    heads = {0: module.head} | {each.layer: each.head for each in module.exits}
+    return _head(heads[exit_layer], hidden, backbone.weights)
 
 
 @torch.no_grad()
 def dense_hidden(
-    backbone: Backbone, module: TenantModule | None, token_ids: Ids, type_ids: Ids, path: str = "plain"
+    backbone: Backbone,
+    module: TenantModule | None,
+    token_ids: Ids,
+    type_ids: Ids,
+    path: str = "plain",
+    layer: int | None = None,
 ) -> Tensor:
-    """Last hidden states [n, H] fp32 of one sequence of n tokens."""
+    """Hidden states [n, H] fp32 of one sequence of n tokens that enter a layer; None: the last ones."""
     config = backbone.config
     ids, types = torch.as_tensor(token_ids).long(), torch.as_tensor(type_ids).long()
     if ids.dim() != 1 or ids.shape != types.shape or not 0 < len(ids) <= config.max_length:
@@ -69,7 +82,7 @@ def dense_hidden(
         first = backbone.skip.config.first_layer
         hidden = _skipped(backbone, backbone.skip, ids, types, path)
     bias = _relative_bias(config, weights, len(ids))
-    for i in range(first, config.num_layers):
+    for i in range(first, config.num_layers if layer is None else layer):
         adapters = [delta for delta in deltas if isinstance(delta, Bottleneck) and delta.layer == i]
         hidden = _layer(config, _layer_weights(weights, i), adapters, hidden, bias)
     return hidden

@@ -56,20 +56,23 @@ def make_self_tests(
     backbone: Backbone, module: TenantModule | None, tokenizer: Tokenizer, *, texts: Sequence[str] = _TEXTS
 ) -> tuple[SelfTest, ...]:
     """A few fixed texts with the dense reference's fp32 answers, of the bare backbone without a module, for each path
-    that there is.
+    and exit that there is.
 
     Slow: for threads that may block.
     """
     tests = []
-    paths = own_paths(backbone.skip)
+    paths, exits = own_paths(backbone.skip), [0]
     if module is not None:
+        exits += [each.layer for each in module.exits]
         paths = usable_paths(module.paths, module.skip_fingerprint, backbone.skip)
     max_length = (module and module.max_length) or backbone.config.max_length
     for encoded in tokenizer.encode(texts, max_length=max_length, offsets=False):
         token_ids, type_ids = torch.tensor(encoded.token_ids), torch.tensor(encoded.type_ids)
         for path in paths:
-            expected = dense_forward(backbone, module, token_ids, type_ids, path)
-            tests.append(SelfTest(token_ids=token_ids, type_ids=type_ids, expected=expected, path=path))
+            for exit_layer in exits:
+                expected = dense_forward(backbone, module, token_ids, type_ids, path, exit_layer)
+                test = SelfTest(token_ids=token_ids, type_ids=type_ids, expected=expected, path=path, exit=exit_layer)
+                tests.append(test)
     return tuple(tests)
 
 
@@ -94,20 +97,22 @@ def check_outputs(tests: Sequence[SelfTest], outputs: Sequence[Tensor], dtype: t
 def dump_self_tests(tests: Sequence[SelfTest]) -> bytes:
     """Safetensors bytes, for TenantStore.set_self_tests."""
     tensors = {f"{i}.{part}": getattr(test, part).clone() for i, test in enumerate(tests) for part in _PARTS}
-    return save_safetensors(tensors, {"paths": " ".join(test.path for test in tests)})
+    exits = " ".join(str(test.exit) for test in tests)
+    return save_safetensors(tensors, {"paths": " ".join(test.path for test in tests), "exits": exits})
 
 
 def load_self_tests(data: bytes) -> tuple[SelfTest, ...]:
     """Inverse of `dump_self_tests`. Raises CorruptFile."""
     try:
         tensors = load_safetensors(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        paths = header.get("__metadata__", {}).get("paths", "").split() or ["plain"] * (len(tensors) // len(_PARTS))
-        return tuple(_self_test(tensors, i, path) for i, path in enumerate(paths))
+        meta = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+        paths = meta.get("paths", "").split() or ["plain"] * (len(tensors) // len(_PARTS))
+        exits = [int(layer) for layer in meta.get("exits", "").split()] or [0] * len(paths)
+        return tuple(_self_test(tensors, i, *way) for i, way in enumerate(zip(paths, exits, strict=True)))
     except (SafetensorError, KeyError, ValueError, AttributeError) as error:
         raise CorruptFile(f"the stored self-tests are malformed ({error}); add the tenant again") from error
 
 
-def _self_test(tensors: Mapping[str, Tensor], i: int, path: str) -> SelfTest:
+def _self_test(tensors: Mapping[str, Tensor], i: int, path: str, exit_layer: int) -> SelfTest:
     token_ids, type_ids, expected = (tensors[f"{i}.{part}"] for part in _PARTS)
-    return SelfTest(token_ids=token_ids, type_ids=type_ids, expected=expected, path=path)
+    return SelfTest(token_ids=token_ids, type_ids=type_ids, expected=expected, path=path, exit=exit_layer)

@@ -22,6 +22,7 @@ __all__ = [
     "Bottleneck",
     "Delta",
     "Dense",
+    "Exit",
     "Head",
     "LowRank",
     "Norm",
@@ -139,18 +140,32 @@ class Head:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Exit:
+    """Another head of a classifier, for texts that need no more layers. layer: reads what enters this one.
+
+    head: as the tenant's own, with layers of its own. An answer leaves here when its confidence is above the tenant's
+    threshold: its probability, for multi_label that of the least sure label, of being there or of not being there.
+    """
+
+    layer: int
+    head: Head
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SelfTest:
     """One input with the answer an independent implementation gave, fp32.
 
     token_ids, type_ids: as the tokenizer made them. expected: the head's output before softmax or sigmoid: logits
     [C], token logits [n, C], or the pooled, projected, normalised embedding [D]. path: the one that is tested; of
-    `backoff`, token i keeps 3, 2 or 1 tokens of its n-gram as i mod 3 is 0, 1 or 2.
+    `backoff`, token i keeps 3, 2 or 1 tokens of its n-gram as i mod 3 is 0, 1 or 2. exit: layer of the exit that is
+    tested; 0: the head.
     """
 
     token_ids: Tensor  # [n] int64
     type_ids: Tensor  # [n] int64
     expected: Tensor  # [C], [n, C] or [D] float32
     path: str = "plain"
+    exit: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +176,7 @@ class TenantModule:
         skip part where the tenant cannot go the plain way.
     paths: those of PATHS it was trained for. skip_fingerprint: of the skip part, where plain is not the only one.
     max_length: tokens, when the tenant takes less than the backbone does.
+    exits: of a classifier, ascending layers. exit_threshold: confidence above which an answer leaves; 1: none does.
     source: where it came from, for people: {"format": "peft", "method": "LORA", ...}; JSON values only.
     """
 
@@ -171,4 +187,6 @@ class TenantModule:
     self_tests: tuple[SelfTest, ...] = ()
     paths: tuple[str, ...] = ("plain",)
     skip_fingerprint: str = ""
+    exits: tuple[Exit, ...] = ()
+    exit_threshold: float = 1.0
     source: dict[str, Any] = field(default_factory=dict)

@@ -89,9 +89,12 @@ class Classification(Shape):
 
 
 class ClassifyAnswer(InferAnswer):
+    """`exits`: for each input, the layer before which its answer left early; null: it went through all layers."""
+
     data: list[Classification]
     labels: list[str]
     problem: str
+    exits: list[int | None]
 
 
 class Entity(Shape):

@@ -94,6 +94,12 @@ class EmbeddingsBody(InferBody):
 
 
 class ClassifyBody(InferBody):
+    exit_threshold: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="the confidence, 0 to 1, above which an answer may leave by an early exit; null: the tenant's",
+    )
     input: ClassifyInput = Field(
         description="a text, or a list of texts and pairs of texts; an item that is a list of two texts is a pair"
     )

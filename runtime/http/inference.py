@@ -43,13 +43,16 @@ async def embeddings(call: Call) -> web.Response:
 
 async def classify(call: Call) -> web.Response:
     body: ClassifyBody = call.body
-    result = await call.engine.classify(body.model, _as_list(body.input), **_terms(call, body))
+    result = await call.engine.classify(
+        body.model, _as_list(body.input), **_terms(call, body), exit_threshold=body.exit_threshold
+    )
     has_label = result.problem != "regression"
     rows = [
         {"index": i, "label": label if has_label else None, "probabilities": row, "num_classes": len(row)}
         for i, (label, row) in enumerate(zip(result.labels, _numbers(_finite(result.probabilities)), strict=True))
     ]
-    return _answer(result, data=to_json(rows), labels=result.class_labels, problem=result.problem)
+    about = {"labels": result.class_labels, "problem": result.problem, "exits": result.exits}
+    return _answer(result, data=to_json(rows), **about)
 
 
 async def token_classify(call: Call) -> web.Response:

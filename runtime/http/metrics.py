@@ -71,6 +71,8 @@ def _counters(now: MetricsSnapshot) -> Iterable[Metric]:
     yield _counter("vbert_computed_inputs", "Inputs computed, by module kind.", now.computed_inputs, "kind")
     yield _counter("vbert_sequences", "What the sequence store saw and did, by event.", now.sequences, "event")
     yield _counter("vbert_ngrams", "What the n-gram store found and did, by event.", now.ngrams, "event")
+    exits = {str(layer): count for layer, count in now.exits.items()}
+    yield _counter("vbert_early_exits", "Answers that left before a layer, by its number.", exits, "layer")
     yield _counter("vbert_paths", "Inputs by the way they came through the lower layers.", now.paths, "path")
     yield _counter("vbert_loads", "Modules brought into memory, by outcome.", now.loads, "outcome")
     for name, text, value in (

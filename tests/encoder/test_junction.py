@@ -37,6 +37,9 @@ class Given:
     def keep(self, rows):
         self.kept = rows
 
+    def exited(self, layers):
+        self.exits = layers
+
     def before_layer(self, i):
         pass
 
