@@ -18,6 +18,7 @@ from vbert.attention import Attention, PackedAttention, RelativeBias, VarlenAtte
 from vbert.batch import PackedRows
 from vbert.config import EMBEDDING_LAYER, EncoderConfig
 from vbert.deltas import BatchDeltas
+from vbert.kernels.few_rows import few_rows_linear, is_worth_it
 from vbert.rows import RowSource
 from vbert.workspace import Workspace
 
@@ -31,7 +32,10 @@ class _Linear:
 
     def __call__(self, x: Tensor, name: str, space: Workspace) -> Tensor:
         """x [T, in] to [T, out], in the buffer of that name."""
-        return torch.addmm(self.bias, x, self.weight.t(), out=space.rows(name, len(x), len(self.bias)))
+        out = space.rows(name, x.shape[0], self.bias.shape[0])
+        if is_worth_it(x):
+            return few_rows_linear(x, self.weight, self.bias, out=out)
+        return torch.addmm(self.bias, x, self.weight.t(), out=out)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from vbert.batch import Segments
 from vbert.config import ACTIVATIONS
 from vbert.errors import KernelUnavailable, ShapeError
 from vbert.kernels.backend import Backend
+from vbert.kernels.few_rows import few_rows_linear, is_worth_it
 from vbert.kernels.gather_rows import gather_rows
 from vbert.kernels.merge_rows import merge_rows
 from vbert.kernels.segmented_affine import segmented_affine
@@ -59,6 +60,18 @@ def test_rows_of_any_dtype_are_merged(rows_dtype):
     check_merge(Case(segments_of("zipf"), torch.float32, backend=Backend.CPU), rows_dtype=rows_dtype)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 6, 24])
+@pytest.mark.parametrize(("width", "depth"), [(1, 1), (4, 8), (7, 5), (36, 33), (96, 384)])
+def test_a_product_of_few_rows(rows, width, depth):
+    generator = torch.Generator().manual_seed(rows)
+    x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((rows, depth), (width, depth), (width,)))
+    got = few_rows_linear(x, weight, bias, out=torch.full((rows, width), torch.nan))
+    want = few_rows_linear(x, weight, bias, out=torch.empty(rows, width), backend=Backend.REFERENCE)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
+    assert is_worth_it(x)
+    assert not any(map(is_worth_it, (torch.zeros(25, 8), x.bfloat16(), torch.zeros(8, 4).t())))
+
+
 def test_every_half_is_read_as_torch_reads_it():
     u = torch.zeros(1 << 16, 3, 1, dtype=torch.float16)
     u[:, 1, 0] = torch.arange(1 << 16).to(torch.uint16).view(torch.float16)
@@ -94,6 +107,10 @@ def test_wrong_shapes_are_refused():
         gather_rows(x, torch.zeros(2), out=x.clone())
     with pytest.raises(ShapeError):
         merge_rows(x, torch.zeros(2, dtype=torch.int32), out=x)
+    with pytest.raises(ShapeError, match="by W"):
+        few_rows_linear(x, torch.zeros(OUT, IN + 1), torch.zeros(OUT), out=out)
+    with pytest.raises(ShapeError, match="contiguous float32"):
+        few_rows_linear(x, torch.zeros(IN, OUT).t(), torch.zeros(OUT), out=out)
 
 
 def test_a_device_without_operators_is_refused():

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from vbert.batch import Segments
+from vbert.kernels.few_rows import few_rows_linear
 from vbert.kernels.gather_rows import gather_rows
 from vbert.kernels.merge_rows import merge_rows
 from vbert.kernels.segmented_affine import segmented_affine
@@ -26,6 +27,8 @@ def warm_up(dtype: torch.dtype, device: torch.device | None = None) -> None:
     def zeros(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
+    if device.type == "cpu":
+        few_rows_linear(*(torch.zeros(shape) for shape in ((1, 8), (4, 8), (4,))), out=torch.zeros(1, 4))
     x, wide, narrow, down, up = zeros(2, 8), zeros(1, 8), zeros(1, 4), zeros(1, 8, 4), zeros(1, 4, 8)
     starts, columns = zeros(1, 9, dtype=torch.int32), zeros(1, 4, dtype=torch.int32)
     segmented_low_rank(x, [(down, up, zeros(2, 8))], one)
