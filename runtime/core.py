@@ -21,6 +21,7 @@ from runtime.machine import usable_cores
 from runtime.manager import Manager, typical_load_s
 from runtime.metrics import Metrics, MetricsSnapshot
 from runtime.module_files import ModuleFiles
+from runtime.ngram_learner import NgramLearner
 from runtime.parts import Parts, host_budget_bytes
 from runtime.paths import PathRules, table_files
 from runtime.pending import Pending
@@ -160,6 +161,19 @@ class Core:
             load_cost=self._load_cost(),
         )
         return ThroughHost(host=host, uploads=uploads, device=parts.model.device, lane=lane, spawn=spawn)
+
+    def _idle(self) -> bool:
+        return not self.pipeline.in_flight and not self.dispatcher.queue.waiting
+
+    async def learn(self) -> None:
+        """Compute n-grams that texts did without, when there is time. Until cancelled."""
+        ngrams, local = self.parts.stores.ngrams, self.parts.model.local
+        if ngrams is None or local is None:
+            return
+        learner = NgramLearner(
+            ngrams=ngrams, local=local, device=self.parts.device, compute=self.lanes.compute, idle=self._idle
+        )
+        await learner.run()
 
     def _scope(self, pending: Pending) -> bytes | None:
         """Canaries and self-tests, which prove that the backbone computes, take no part."""

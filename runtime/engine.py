@@ -280,6 +280,7 @@ class Engine:
             core = Core(self.config, parts, lanes, clock=self._clock, policy=self._policy, spawn=tasks.create_task)
             tasks.create_task(core.loop.run(), name="vbert-loop")
             tasks.create_task(core.health.watch_loop_lag(), name="vbert-loop-lag")
+            tasks.create_task(core.learn(), name="vbert-ngrams")
             started.set_result(core)
             await core.look_after()
 

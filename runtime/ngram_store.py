@@ -8,10 +8,14 @@ never from the others of its batch:
 - *backoff*: nothing is computed: a missing n-gram is replaced by its right bi-gram, its centre, or nothing; chosen only
   where each token has something, and not too much is shortened;
 - *compute*: as exact, and nothing is looked up; *plain*: all lower layers, as without a skip part.
+
+What backoff did without, and is missing a second time, is wanted: it is computed beside a large batch, or when nothing
+else is (runtime/ngram_learner.py), and kept for later texts.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +33,9 @@ from vbert.packing import SequenceInput
 from vbert.skip import SLOTS, SkipConfig
 
 __all__ = ["NgramCounters", "NgramStore", "PathCosts", "Routed", "Skipped"]
+
+_MOST_WANTED = 4096
+_TOKENS_PER_WANTED = 64  # of a batch beside which one is computed: 3 rows of local layers on 64 of all layers
 
 
 class _Source(Protocol):
@@ -115,6 +122,7 @@ class NgramStore:
         self._cache = NgramCache(cache_bytes, width) if cache_bytes else None
         last: list[_Source] = list(tables.get("", ()))
         self._tables = {domain: [*own, *last] for domain, own in tables.items() if domain} | {"": last}
+        self._wanted: dict[int, None] = {}  # the longest first
         self.counters = NgramCounters()
         self.lock = threading.RLock()
 
@@ -191,10 +199,16 @@ class NgramStore:
         missing, inverse = np.unique(keys[to_compute], return_inverse=True)
         which = np.full(len(tokens), -1, np.int64)
         which[to_compute] = inverse
-        self._count(kept, computes, len(missing))
         may_keep = np.zeros(len(missing), np.bool_)
         if self._cache is not None and len(missing):
             may_keep[inverse[stores[to_compute]]] = True
+        if self._cache is not None:
+            shares = np.repeat([routed.shares[n] for n in np.flatnonzero(chosen)], lengths[chosen])
+            self._want(keys[shares & ~computes & (kept < SLOTS)])
+            beside = np.setdiff1d(self.wanted(len(tokens) // _TOKENS_PER_WANTED), missing)
+            missing = np.concatenate([missing, beside])
+            may_keep = np.concatenate([may_keep, np.ones(len(beside), np.bool_)])
+        self._count(kept, computes, len(missing))
         return Skipped(
             [i for i, taken in zip(routed.candidates, chosen, strict=True) if taken],
             Entry(replace(tokens, keys=keys), rows, missing, which),
@@ -211,6 +225,23 @@ class NgramStore:
             inserted, evicted = self._cache.insert(keys[again], rows[torch.from_numpy(np.flatnonzero(again))])
             self.counters.inserted += inserted
             self.counters.evicted += evicted
+
+    def wanted(self, count: int) -> Keys:
+        """At most so many n-grams that it would be good to have, each given out once."""
+        with self.lock:
+            taken = list(itertools.islice(self._wanted, count))
+            for key in taken:
+                del self._wanted[key]
+        return np.array(taken, np.uint64)
+
+    def keep(self, keys: Keys, rows: Tensor) -> None:
+        """Rows [n, 3, H] of wanted n-grams, in host memory."""
+        if self._cache is not None:
+            with self.lock:
+                inserted, evicted = self._cache.insert(keys, rows)
+                self.counters.computed += len(keys)
+                self.counters.inserted += inserted
+                self.counters.evicted += evicted
 
     def forget(self, skipped: Skipped) -> None:
         """Drop kept n-grams that a batch was given: it failed, and they may be why."""
@@ -249,6 +280,15 @@ class NgramStore:
                 hit = left[there]
                 routed.row[hit], routed.kept[hit] = rows[there], length
                 routed.source[hit] = next(n for n, each in enumerate(routed.sources) if each is source)
+
+    def _want(self, keys: Keys) -> None:
+        """Of n-grams that were replaced by shorter ones, those that were missing before. More than a few thousand are
+        not waited for."""
+        assert self._cache is not None
+        keys = np.unique(keys)
+        self._wanted |= dict.fromkeys(keys[self._cache.worth_keeping(keys)].tolist())
+        while len(self._wanted) > _MOST_WANTED:
+            del self._wanted[next(iter(self._wanted))]
 
     def _path(self, allowed: tuple[str, ...], keys: Keys, kept: NDArray[np.int64]) -> str:
         """The cheapest of the paths allowed. keys, kept: of one sequence."""

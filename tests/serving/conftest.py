@@ -7,8 +7,11 @@ from contextlib import asynccontextmanager
 import pytest
 
 from runtime import Engine, EngineConfig
+from tests.ngram.test_local_layers import random_student
 from tests.random_tenants import Factory
+from tests.serving.skip_world import World
 from tests.tiny import tiny_backbone
+from training.export_skip import write_folder
 from vbert.formats.transformers_folder import read_backbone
 
 
@@ -41,3 +44,30 @@ def serving(config):
             yield engine
 
     return serving
+
+
+# ---- skip backbones
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["plain_way", "only_skips"])
+def skipping(request, tmp_path_factory):
+    """A skip backbone with a plain way, and one without."""
+    folder = tmp_path_factory.mktemp("skipping")
+    source = read_backbone(
+        tiny_backbone("roberta", folder / "plain", num_layers=3, positions=130)
+    )  # its padding id is 1
+    write_folder(folder / "skip", random_student(source), source, plain_way=request.param, name="tiny-skip")
+    return read_backbone(folder / "skip")
+
+
+@pytest.fixture
+def world(skipping, tmp_path):
+    return World(skipping, tmp_path)
+
+
+@pytest.fixture
+def on_skip(world, serving):
+    def on_skip(**changes):
+        return serving(**({"backbone": str(world.backbone.folder)} | changes))
+
+    return on_skip

@@ -9,93 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.paths import table_files
 from tests.ngram.test_local_layers import random_student
-from tests.random_tenants import Factory
-from tests.serving.helpers import add, softmax, until
-from tests.tiny import TEXTS, tiny_backbone
+from tests.serving.helpers import add, softmax
+from tests.serving.skip_world import World
+from tests.tiny import TEXTS
 from training.export_skip import write_folder
-from vbert.errors import BadRequest, ConfigError, SelfTestFailed, WrongBackbone
+from vbert.errors import BadRequest, SelfTestFailed, WrongBackbone
 from vbert.formats.transformers_folder import read_backbone
-from vbert.model import Model
-from vbert.ngram.index import look_up, ngram_keys, shortened
-from vbert.ngram.table import NgramTable, TableWriter
+from vbert.ngram.index import shortened
+from vbert.ngram.table import NgramTable
 from vbert.reference import dense_forward
 from vbert.tenant import SelfTest
-from vbert.tokenizer import Tokenizer
 
 CLOSE = {"rtol": 0, "atol": 1e-3}  # rows of tables are float16
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["plain_way", "only_skips"])
-def skipping(request, tmp_path_factory):
-    """A skip backbone with a plain way, and one without."""
-    folder = tmp_path_factory.mktemp("skipping")
-    source = read_backbone(
-        tiny_backbone("roberta", folder / "plain", num_layers=3, positions=130)
-    )  # its padding id is 1
-    write_folder(folder / "skip", random_student(source), source, plain_way=request.param, name="tiny-skip")
-    return read_backbone(folder / "skip")
-
-
-class World:
-    """A backbone with its tokenizer, random tenants of all its paths, and tables of some of its n-grams."""
-
-    def __init__(self, backbone, folder):
-        self.backbone, self.folder = backbone, folder
-        self.model = Model.load(backbone, "float32", "cpu")
-        self.tokenizer = Tokenizer.load(backbone.folder, backbone.config)
-        self.paths = ("plain", "exact", "backoff") if backbone.skip.config.first_layer else ("exact", "backoff")
-
-    def tenant(self, seed, *paths):
-        paths = paths or self.paths
-        module = Factory(self.backbone, seed=seed).tenant("lora_all", head="classify")
-        first, last = self.backbone.skip.config.first_layer, self.backbone.config.num_layers
-        deltas = tuple(replace(d, layer=max(first, d.layer)) for d in module.deltas if d.layer >= first)
-        assert deltas
-        assert all(d.layer < last for d in deltas)
-        fingerprint = self.backbone.fingerprint if "plain" in paths else self.backbone.skip.fingerprint
-        return replace(
-            module,
-            deltas=deltas,
-            paths=paths,
-            skip_fingerprint=self.backbone.skip.fingerprint,
-            backbone_fingerprint=fingerprint,
-        )
-
-    def keys(self, texts):
-        ids = [np.array(e.token_ids) for e in self.tokenizer.encode(texts, offsets=False)]
-        return ngram_keys(np.concatenate(ids), np.concatenate([[0], np.cumsum([len(i) for i in ids])]))
-
-    def table(self, keys, name="t.ngrams", noise=0.0):
-        keys = np.unique(keys)
-        with TableWriter(
-            self.folder / name,
-            fingerprint=self.backbone.skip.base,
-            keys=keys,
-            counts=np.ones(len(keys), np.int64),
-            width=self.backbone.config.hidden_size,
-        ) as writer:
-            rows = self.model.local.encode(keys)
-            writer.add(rows + noise * torch.randn(rows.shape, generator=torch.Generator().manual_seed(0)))
-        return str(self.folder / name)
-
-    def expected(self, module, text, path):
-        (encoded,) = self.tokenizer.encode([text], offsets=False)
-        return softmax(dense_forward(self.backbone, module, encoded.token_ids, encoded.type_ids, path).numpy())
-
-
-@pytest.fixture
-def world(skipping, tmp_path):
-    return World(skipping, tmp_path)
-
-
-@pytest.fixture
-def on_skip(world, serving):
-    def on_skip(**changes):
-        return serving(**({"backbone": str(world.backbone.folder)} | changes))
-
-    return on_skip
 
 
 async def test_each_path_gives_its_own_answer(world, on_skip):
@@ -231,16 +157,6 @@ async def test_without_a_table_nobody_backs_off(world, on_skip):
             await engine.classify("t", ["hello"], path="backoff")
 
 
-async def test_who_does_not_share_has_no_part_in_the_cache(world, on_skip):
-    async with on_skip(ngram_cache_bytes=2**20, sequence_sharing=("bank=own", "shop=off")) as engine:
-        module = world.tenant(1, "exact")
-        for name in ("bank", "shop"):
-            await add(engine, name, module)
-            for _ in range(3):
-                await engine.classify(name, [TEXTS[1]])
-        assert engine.snapshot().ngrams["inserted"] == engine.snapshot().ngrams["trigrams"] == 0
-
-
 async def test_self_tests_of_paths_that_are_not_here_are_left_out(world, on_skip, serving, tmp_path):
     """A tenant trained for all paths, with a self-test of each, on the plain backbone alone."""
     if "plain" not in world.paths:
@@ -270,56 +186,6 @@ async def test_self_tests_of_paths_that_are_not_here_are_left_out(world, on_skip
         assert (await engine.classify("t", ["hello"])).paths == ("plain",)
 
 
-async def test_n_grams_are_kept_when_they_come_again(world, on_skip):
-    async with on_skip(ngram_cache_bytes=2**20) as engine:
-        module = world.tenant(1, "exact")
-        await add(engine, "t", module)
-        for i in range(4):
-            await until(lambda: engine.snapshot().ngrams["inserted"] > 0 or i < 2)  # noqa: B023
-            answer = await engine.classify("t", [TEXTS[1]])
-            np.testing.assert_allclose(answer.probabilities[0], world.expected(module, TEXTS[1], "exact"), **CLOSE)
-        counted = engine.snapshot().ngrams
-        total, distinct = len(world.keys([TEXTS[1]])), len(np.unique(world.keys([TEXTS[1]])))
-        assert counted["trigrams"] == 2 * total  # the first computes, the second keeps
-        assert counted["inserted"] == distinct
-        assert engine.snapshot().paths["exact"] == 4
-        assert engine.snapshot().memory_bytes["ngrams"] > 0
-
-
-async def test_a_domain_is_asked_first(world, on_skip):
-    keys = world.keys([TEXTS[1]])
-    general, finance = world.table(keys, "general"), world.table(keys, "finance", noise=0.5)
-    files = (general, f"finance={finance}")
-    async with on_skip(ngrams=files, ngram_domains=("bank.*=finance",)) as engine:
-        module = world.tenant(1, "exact")
-        for name in ("bank.a", "shop.a"):
-            await add(engine, name, module)
-        bank, shop = await asyncio.gather(*(engine.classify(n, [TEXTS[1]]) for n in ("bank.a", "shop.a")))
-        wanted = world.expected(module, TEXTS[1], "exact")
-        np.testing.assert_allclose(shop.probabilities[0], wanted, **CLOSE)
-        assert abs(bank.probabilities[0] - wanted).max() > 0.01
-
-
-async def test_with_a_sequence_store_a_text_that_came_before_takes_neither_path(world, on_skip):
-    if "plain" not in world.paths:
-        with pytest.raises(ConfigError, match="this backbone has none"):
-            async with on_skip(sequence_store_bytes=2**20):
-                pass
-        return
-    module, table = world.tenant(1, "plain", "exact"), world.table(world.keys([TEXTS[0]]))
-    async with on_skip(sequence_store_bytes=2**20, ngrams=(table,)) as engine:
-        await add(engine, "t", module)
-        assert (await engine.classify("t", [TEXTS[5], TEXTS[0]])).paths == ("plain", "exact")
-        await until(lambda: engine.snapshot().sequences["inserted"] == 1)
-        for _ in range(2):
-            assert (await engine.classify("t", [TEXTS[5], TEXTS[0]])).paths == ("stored", "exact")
-        answer = await engine.classify("t", [TEXTS[5], TEXTS[5], TEXTS[0]])
-        for text, got, path in zip(
-            (TEXTS[5], TEXTS[5], TEXTS[0]), answer.probabilities, ("plain", "plain", "exact"), strict=True
-        ):
-            np.testing.assert_allclose(got, world.expected(module, text, path), **CLOSE)
-
-
 async def test_a_tenant_of_another_skip_part_goes_the_plain_way_or_none(world, on_skip, tmp_path):
     source = read_backbone(world.backbone.folder.parent / "plain")
     plain_way = "plain" in world.paths
@@ -341,32 +207,6 @@ async def test_a_tenant_of_another_skip_part_goes_the_plain_way_or_none(world, o
                     backbone_fingerprint=world.backbone.fingerprint if not plain_way else "sha256:x",
                 ),
             )
-
-
-async def test_what_does_not_belong_together_is_refused_at_the_start(world, on_skip, serving, tmp_path):
-    other = World(world.backbone, tmp_path)
-    keys = other.keys([TEXTS[0]])
-    with TableWriter(
-        tmp_path / "x",
-        fingerprint="sha256:other",
-        keys=np.unique(keys),
-        counts=np.ones(len(np.unique(keys)), np.int64),
-        width=world.backbone.config.hidden_size,
-    ) as writer:
-        writer.add(world.model.local.encode(np.unique(keys)))
-    with pytest.raises(WrongBackbone, match="was made by backbone"):
-        async with on_skip(ngrams=(str(tmp_path / "x"),)):
-            pass
-    with pytest.raises(ConfigError, match="has no local layers"):
-        async with serving(ngram_cache_bytes=2**20):
-            pass
-    with pytest.raises(ConfigError, match="ngram_domains"):
-        async with on_skip(ngram_domains=("a=b",)):
-            pass
-    assert table_files(("/a=b/c", "d=/e=f")) == {"": ["/a=b/c"], "d": ["/e=f"]}
-    with pytest.raises(ConfigError, match="write FILE, or DOMAIN=FILE"):
-        async with on_skip(ngrams=("=f",)):
-            pass
 
 
 async def test_a_failed_batch_is_computed_again_by_the_same_paths(world, on_skip, monkeypatch):
@@ -396,32 +236,3 @@ async def test_a_failed_batch_is_computed_again_by_the_same_paths(world, on_skip
         assert after[1].paths == ("backoff",)
         assert after[0].paths == (("plain",) if "plain" in world.paths else ("compute",))
         np.testing.assert_allclose(after[1].probabilities, before[1].probabilities, **CLOSE)
-
-
-def test_a_look_up_finds_what_was_written(world):
-    keys = np.unique(world.keys(TEXTS))
-    table = NgramTable(world.table(keys), world.backbone.skip.base)
-    rows, kept = look_up(keys, table._index)
-    assert (kept == 3).all()
-    out = torch.empty(len(keys), 3, table.width)
-    table.gather(rows, out)
-    torch.testing.assert_close(out, world.model.local.encode(keys), atol=2e-3, rtol=2e-3)
-
-
-async def test_a_profile_knows_what_n_grams_cost(world, on_skip, tmp_path):
-    """Where it says that computing is dear, a text with a missing n-gram goes the plain way."""
-    from runtime.cost import CostModel, Curve, Point
-    from runtime.open_stores import _costs
-
-    async with on_skip(profile=str(tmp_path / "profiles")) as engine:
-        cost = engine._core.parts.cost
-        assert cost.conditions.local_layers == world.backbone.skip.config.local_layers
-        assert cost.local_s(512) >= cost.local_s(4) > 0
-        await add(engine, "t", world.tenant(0))
-    if "plain" not in world.paths:
-        return
-    for seconds, pays in ((1e-9, True), (10.0, False)):
-        curve = Curve([Point(size=1, seconds=seconds, spread=0, repeats=1, threads=1)])
-        costs = _costs(world.backbone.skip.config, 3, CostModel(cost.conditions, {**cost.curves, "local": curve}))
-        assert costs.exact_pays(20, 1) == pays
-        assert costs.exact_pays(20, 0)

@@ -1,0 +1,208 @@
+"""Where n-grams come from: tables, of a domain first, and a cache that learns what came again."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+import torch
+
+from runtime.ngram_store import NgramStore, PathCosts
+from runtime.paths import table_files
+from tests.serving.helpers import add, until
+from tests.serving.skip_world import World
+from tests.tiny import TEXTS
+from vbert.errors import ConfigError, WrongBackbone
+from vbert.ngram.index import look_up, shortened
+from vbert.ngram.table import NgramTable, TableWriter
+
+CLOSE = {"rtol": 0, "atol": 1e-3}  # rows of tables are float16
+
+
+async def test_who_does_not_share_has_no_part_in_the_cache(world, on_skip):
+    async with on_skip(ngram_cache_bytes=2**20, sequence_sharing=("bank=own", "shop=off")) as engine:
+        module = world.tenant(1, "exact")
+        for name in ("bank", "shop"):
+            await add(engine, name, module)
+            for _ in range(3):
+                await engine.classify(name, [TEXTS[1]])
+        assert engine.snapshot().ngrams["inserted"] == engine.snapshot().ngrams["trigrams"] == 0
+
+
+async def test_n_grams_are_kept_when_they_come_again(world, on_skip):
+    async with on_skip(ngram_cache_bytes=2**20) as engine:
+        module = world.tenant(1, "exact")
+        await add(engine, "t", module)
+        for i in range(4):
+            await until(lambda: engine.snapshot().ngrams["inserted"] > 0 or i < 2)  # noqa: B023
+            answer = await engine.classify("t", [TEXTS[1]])
+            np.testing.assert_allclose(answer.probabilities[0], world.expected(module, TEXTS[1], "exact"), **CLOSE)
+        counted = engine.snapshot().ngrams
+        total, distinct = len(world.keys([TEXTS[1]])), len(np.unique(world.keys([TEXTS[1]])))
+        assert counted["trigrams"] == 2 * total  # the first computes, the second keeps
+        assert counted["inserted"] == distinct
+        assert engine.snapshot().paths["exact"] == 4
+        assert engine.snapshot().memory_bytes["ngrams"] > 0
+
+
+async def test_a_domain_is_asked_first(world, on_skip):
+    keys = world.keys([TEXTS[1]])
+    general, finance = world.table(keys, "general"), world.table(keys, "finance", noise=0.5)
+    files = (general, f"finance={finance}")
+    async with on_skip(ngrams=files, ngram_domains=("bank.*=finance",)) as engine:
+        module = world.tenant(1, "exact")
+        for name in ("bank.a", "shop.a"):
+            await add(engine, name, module)
+        bank, shop = await asyncio.gather(*(engine.classify(n, [TEXTS[1]]) for n in ("bank.a", "shop.a")))
+        wanted = world.expected(module, TEXTS[1], "exact")
+        np.testing.assert_allclose(shop.probabilities[0], wanted, **CLOSE)
+        assert abs(bank.probabilities[0] - wanted).max() > 0.01
+
+
+async def test_with_a_sequence_store_a_text_that_came_before_takes_neither_path(world, on_skip):
+    if "plain" not in world.paths:
+        with pytest.raises(ConfigError, match="this backbone has none"):
+            async with on_skip(sequence_store_bytes=2**20):
+                pass
+        return
+    module, table = world.tenant(1, "plain", "exact"), world.table(world.keys([TEXTS[0]]))
+    async with on_skip(sequence_store_bytes=2**20, ngrams=(table,)) as engine:
+        await add(engine, "t", module)
+        assert (await engine.classify("t", [TEXTS[5], TEXTS[0]])).paths == ("plain", "exact")
+        await until(lambda: engine.snapshot().sequences["inserted"] == 1)
+        for _ in range(2):
+            assert (await engine.classify("t", [TEXTS[5], TEXTS[0]])).paths == ("stored", "exact")
+        answer = await engine.classify("t", [TEXTS[5], TEXTS[5], TEXTS[0]])
+        for text, got, path in zip(
+            (TEXTS[5], TEXTS[5], TEXTS[0]), answer.probabilities, ("plain", "plain", "exact"), strict=True
+        ):
+            np.testing.assert_allclose(got, world.expected(module, text, path), **CLOSE)
+
+
+async def test_what_does_not_belong_together_is_refused_at_the_start(world, on_skip, serving, tmp_path):
+    other = World(world.backbone, tmp_path)
+    keys = other.keys([TEXTS[0]])
+    with TableWriter(
+        tmp_path / "x",
+        fingerprint="sha256:other",
+        keys=np.unique(keys),
+        counts=np.ones(len(np.unique(keys)), np.int64),
+        width=world.backbone.config.hidden_size,
+    ) as writer:
+        writer.add(world.model.local.encode(np.unique(keys)))
+    with pytest.raises(WrongBackbone, match="was made by backbone"):
+        async with on_skip(ngrams=(str(tmp_path / "x"),)):
+            pass
+    with pytest.raises(ConfigError, match="has no local layers"):
+        async with serving(ngram_cache_bytes=2**20):
+            pass
+    with pytest.raises(ConfigError, match="ngram_domains"):
+        async with on_skip(ngram_domains=("a=b",)):
+            pass
+    assert table_files(("/a=b/c", "d=/e=f")) == {"": ["/a=b/c"], "d": ["/e=f"]}
+    with pytest.raises(ConfigError, match="write FILE, or DOMAIN=FILE"):
+        async with on_skip(ngrams=("=f",)):
+            pass
+
+
+def test_a_look_up_finds_what_was_written(world):
+    keys = np.unique(world.keys(TEXTS))
+    table = NgramTable(world.table(keys), world.backbone.skip.base)
+    rows, kept = look_up(keys, table._index)
+    assert (kept == 3).all()
+    out = torch.empty(len(keys), 3, table.width)
+    table.gather(rows, out)
+    torch.testing.assert_close(out, world.model.local.encode(keys), atol=2e-3, rtol=2e-3)
+
+
+async def test_a_profile_knows_what_n_grams_cost(world, on_skip, tmp_path):
+    """Where it says that computing is dear, a text with a missing n-gram goes the plain way."""
+    from runtime.cost import CostModel, Curve, Point
+    from runtime.open_stores import _costs
+
+    async with on_skip(profile=str(tmp_path / "profiles")) as engine:
+        cost = engine._core.parts.cost
+        assert cost.conditions.local_layers == world.backbone.skip.config.local_layers
+        assert cost.local_s(512) >= cost.local_s(4) > 0
+        await add(engine, "t", world.tenant(0))
+    if "plain" not in world.paths:
+        return
+    for seconds, pays in ((1e-9, True), (10.0, False)):
+        curve = Curve([Point(size=1, seconds=seconds, spread=0, repeats=1, threads=1)])
+        costs = _costs(world.backbone.skip.config, 3, CostModel(cost.conditions, {**cost.curves, "local": curve}))
+        assert costs.exact_pays(20, 1) == pays
+        assert costs.exact_pays(20, 0)
+
+
+async def test_what_backoff_did_without_is_learnt_after_the_answers(world, on_skip):
+    """Seen twice, computed when nothing else is; then the text has all its n-grams, and the cheapest path is exact."""
+    module, text = world.tenant(1, "exact", "backoff"), TEXTS[1]
+    table = world.table(shortened(world.keys(TEXTS), 1))  # single tokens only
+    async with on_skip(ngrams=(table,), ngram_cache_bytes=2**20, max_backoff=1.0) as engine:
+        await add(engine, "t", module)
+        distinct = len(np.unique(world.keys([text])))
+        before = []
+        for _ in range(2):
+            answer = await engine.classify("t", [text])
+            assert answer.paths == ("backoff",)
+            before.append(engine.snapshot().ngrams["computed"])  # by self-tests
+        assert before[0] == before[1]
+        await until(lambda: engine.snapshot().ngrams["inserted"] == distinct)
+        answer = await engine.classify("t", [text])
+        assert answer.paths == ("exact",)
+        np.testing.assert_allclose(answer.probabilities[0], world.expected(module, text, "exact"), **CLOSE)
+        assert engine.snapshot().ngrams["computed"] == before[1] + distinct
+
+
+async def test_large_batches_learn_beside_their_own_work(world, on_skip, monkeypatch):
+    monkeypatch.setattr("runtime.ngram_learner._LOOK_S", 1e9)  # never idle
+    module = world.tenant(1, "exact", "backoff")
+    table = world.table(shortened(world.keys(TEXTS), 1))
+    async with on_skip(ngrams=(table,), ngram_cache_bytes=2**20, max_backoff=1.0) as engine:
+        await add(engine, "t", module)
+        want = (await engine.classify("t", list(TEXTS))).probabilities
+        for _ in range(3):
+            answer = await engine.classify("t", list(TEXTS) * 4)
+            if {*answer.paths} == {"backoff"} and not engine.snapshot().ngrams["inserted"]:
+                np.testing.assert_allclose(answer.probabilities[: len(TEXTS)], want, **CLOSE)
+        await until(lambda: engine.snapshot().ngrams["inserted"] > 0)
+
+
+async def test_who_does_not_share_teaches_nobody(world, on_skip):
+    module, table = world.tenant(1, "backoff"), world.table(shortened(world.keys(TEXTS), 1))
+    async with on_skip(
+        ngrams=(table,), ngram_cache_bytes=2**20, max_backoff=1.0, sequence_sharing=("bank=own",)
+    ) as engine:
+        await add(engine, "bank", module)
+        for _ in range(3):
+            await engine.classify("bank", [TEXTS[1]])
+        assert not len(engine._core.parts.stores.ngrams.wanted(1))
+
+
+async def test_n_grams_that_cannot_be_computed_are_told_and_forgotten(world, on_skip, monkeypatch, caplog):
+    module, table = world.tenant(1, "backoff"), world.table(shortened(world.keys(TEXTS), 1))
+    async with on_skip(ngrams=(table,), ngram_cache_bytes=2**20, max_backoff=1.0) as engine:
+        await add(engine, "t", module)
+        local = engine._core.parts.model.local
+        encode = local.encode
+        monkeypatch.setattr(local, "encode", lambda keys, space=None: 1 / 0 if space is None else encode(keys, space))
+        for _ in range(2):
+            await engine.classify("t", [TEXTS[1]])
+        await until(lambda: "could not be computed" in caplog.text)
+        assert (await engine.classify("t", [TEXTS[1]])).paths == ("backoff",)
+
+
+def test_only_so_many_are_wanted(world, monkeypatch):
+    monkeypatch.setattr("runtime.ngram_store._MOST_WANTED", 5)
+    free = PathCosts(*[lambda count: 0.0] * 4)
+    store = NgramStore(
+        world.backbone.skip.config, world.backbone.config.hidden_size, tables={}, cache_bytes=2**20, costs=free
+    )
+    keys = np.unique(world.keys(TEXTS))
+    for _ in range(2):
+        store._want(keys)
+    assert len(keys) > 5
+    assert store.wanted(3).tolist() == keys[-5:-2].tolist()
+    assert len(store.wanted(9)) == 2
+    assert not len(store.wanted(9))
