@@ -12,12 +12,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks import density_report
 from vbert.errors import ConfigError
 
-__all__ = ["DOCUMENTS", "RESULTS", "TABLES", "fill", "latest", "output_flags", "publish"]
+__all__ = ["DOCUMENTS", "RESULTS", "TABLES", "NotMeasured", "fill", "latest", "output_flags", "publish", "results"]
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -28,7 +29,7 @@ _BARE, _MIXED, _OURS, _PLAIN = "transformers bare", "peft mixed batch", "vbert",
 Row = Mapping[str, Any]
 
 
-class _NotMeasured(Exception):
+class NotMeasured(Exception):
     """The benchmark has no recorded result yet."""
 
 
@@ -36,7 +37,7 @@ def results(benchmark: str) -> list[dict[str, Any]]:
     """The recorded results of a benchmark, the newest last."""
     path = RESULTS / f"{benchmark}.jsonl"
     if not path.exists():
-        raise _NotMeasured(f"Not measured yet: `vbert bench {benchmark} --append`, then `make tables`.")
+        raise NotMeasured(f"Not measured yet: `vbert bench {benchmark} --append`, then `make tables`.")
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -52,7 +53,7 @@ def fill(text: str) -> str:
 def _render(name: str) -> str:
     try:
         return TABLES[name]()
-    except _NotMeasured as absent:
+    except NotMeasured as absent:
         return str(absent)
 
 
@@ -162,15 +163,61 @@ def skip() -> str:
         plain: dict[tuple[Any, ...], Row] = {}
         for row in result["rows"]:
             case = row["set"], row["stream"], row["concurrency"]
-            if row["system"] == "plain":
-                plain[case] = row
+            if row["system"] in ("plain", "classifier"):
+                plain[*case, row["system"]] = row
                 continue
-            speeds = [plain[case]["requests_per_s"], row["requests_per_s"]]
+            base = plain[*case, row.get("base", "plain")]
+            speeds = [base["requests_per_s"], row["requests_per_s"]]
             ratio = f"{speeds[1] / speeds[0]:.2f}x"
-            seen = [f"{row['hit_rate']:.2f}", plain[case]["p50_ms"], row["p50_ms"]]
+            seen = [f"{row['left'] if row.get('left') else row['hit_rate']:.2f}", base["p50_ms"], row["p50_ms"]]
             body.append([backbone, *case, row["system"], *speeds, ratio, *seen])
     header = ["backbone", "set", "stream", "clients", "way", "plain /s", "this /s", "ratio", "hits", "plain p50 ms"]
     return "".join(map(_where, newest.values())) + markdown([*header, "p50 ms"], body)
+
+
+def distillation() -> str:
+    """By backbone, student and tokens: the errors left at the merge, at the last layer and of the pooled state."""
+    cells: dict[tuple[Any, ...], list[Row]] = {}
+    for result in results("distillation"):
+        for row in result["rows"]:
+            cells.setdefault((row["backbone"], row["system"], row["kind"], row["tokens"] // 1000), []).append(row)
+    body = []
+    for (backbone, system, kind, thousands), rows in cells.items():
+        seeds = {row["seed"]: row for row in rows}.values()  # the newest of each
+        ends = [list(row["after"].values()) for row in seeds], [list(row["after_backoff"].values()) for row in seeds]
+        errors = [" ".join(f"{each[i]:.3f}" for each in end) for end in ends for i in (0, -2, -1)]
+        begins = " ".join(f"{list(row['before'].values())[-1]:.3f}" for row in seeds)
+        minutes = fmean(row["seconds"] for row in seeds) / 60
+        body.append([backbone, system, kind, f"{thousands}k", f"{minutes:.1f}", begins, *errors])
+    header = ["backbone", "student", "kind", "tokens", "minutes", "pooled before", "merge", "last layer", "pooled"]
+    return markdown([*header, "merge, shortened", "last layer, shortened", "pooled, shortened"], body)
+
+
+def skip_quality() -> str:
+    """By backbone, system and path: the metric of each set, mean of the seeds, and how far all are from the teacher."""
+    cells: dict[tuple[str, str, str], dict[str, dict[int, float]]] = {}
+    budgets: dict[tuple[str, str], str] = {}
+    for result in results("skip_quality"):
+        config = result["config"]
+        budgets[config["backbone"], config["system"]] = _budget(config)
+        for row in result["rows"]:
+            of_set = cells.setdefault((config["backbone"], row["system"], row["path"]), {})
+            of_set.setdefault(row["set"], {})[row["seed"]] = row["value"]
+    sets = sorted({name for of_set in cells.values() for name in of_set})
+    body = []
+    for (backbone, system, path), of_set in cells.items():
+        means = {name: 100 * fmean(values.values()) for name, values in of_set.items()}
+        teacher = {name: 100 * fmean(v.values()) for name, v in cells[backbone, "teacher", "plain"].items()}
+        both = [means[name] - teacher[name] for name in means if name in teacher]
+        shown = [f"{means[name]:.1f}" if name in means else "-" for name in sets]
+        body.append([backbone, system, budgets[backbone, system], path, *shown, f"{fmean(both):+.1f}" if both else "-"])
+    return markdown(["backbone", "system", "tokens", "path", *sets, "to teacher"], body)
+
+
+def _budget(config: Mapping[str, Any]) -> str:
+    """What a student learnt from."""
+    distilled = config["distilled"]
+    return "-" if distilled is None else f"{distilled['tokens']:,}"
 
 
 def neighbour() -> str:
@@ -299,6 +346,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "overlap": overlap,
     "neighbour": neighbour,
     "skip": skip,
+    "distillation": distillation,
+    "skip_quality": skip_quality,
     "training_quality": training_quality,
     "equality": equality,
     "engine_options": engine_options,

@@ -1,4 +1,4 @@
-"""What do skipped layers save? `vbert bench skip --data DIR [--skip FOLDER --ngrams FILE] [--json]`
+"""What do skipped layers save? `vbert bench skip --data DIR [--skip NAME=FOLDER ...] [--ngrams NAME=FILE ...]`
 
 Streams of real texts to one tenant with a LoRA in the upper half, by every way through the lower half, each in an
 engine of its own, with the same texts in turns, by one client and by 64:
@@ -7,8 +7,10 @@ engine of its own, with the same texts in turns, by one client and by 64:
 - *own domain*: test texts, after the training texts were sent; n-gram tables have these as well;
 - *zipf*: the test texts drawn by Zipf's law (exponent 1), after 1,000 and after 20,000 such requests.
 
-DIR has SET/train.jsonl.gz and SET/test.jsonl.gz with a "text" in each line. FOLDER is a skip backbone with a plain way
-(`vbert distill`), FILE a table of it (`vbert ngrams build`); without them the sequence store is measured alone.
+DIR has SET/train.jsonl.gz and SET/test.jsonl.gz with a "text" in each line. Each FOLDER is a skip backbone (`vbert
+distill`), the first one with a plain way, FILE a table of it (`vbert ngrams build`); without them the sequence store is
+measured alone. --exits SET=FILE gives a classifier with early exits of that set (`vbert train --exits`), which is
+measured next to itself without them.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 import uvloop
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
@@ -40,7 +43,7 @@ from benchmarks.report import output_flags, publish
 from benchmarks.serving import BACKBONE
 from runtime import Engine, EngineConfig
 from runtime.metrics import MetricsSnapshot
-from runtime.request import EmbedResult
+from runtime.request import ClassifyResult, EmbedResult
 from vbert.checkpoint import write_tenant
 from vbert.encoder import Encoder
 from vbert.errors import ConfigError, SelfTestFailed
@@ -62,15 +65,25 @@ _CHECKED = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class System:
-    """One way through the lower layers. path: what requests ask for. paths: what its tenant was trained for. same_as:
-    the system that gives the same answers."""
+    """One way through the layers. path: what requests ask for. paths: what its tenant was trained for. skip: the skip
+    backbone, "" for the first. same_as: the system that gives the same answers. base: the one it is compared with.
+    classifies: its tenant is the classifier of the set; exits: which may leave early."""
 
     name: str
     path: str = "plain"
     paths: tuple[str, ...] = ("plain",)
     sequences: bool = False
     ngrams: bool = False
+    skip: str = ""
     same_as: str = ""
+    base: str = "plain"
+    classifies: bool = False
+    exits: bool = False
+
+    @property
+    def keeps(self) -> bool:
+        """Whether what was sent before changes how fast it is."""
+        return self.sequences or self.ngrams
 
 
 PLAIN = System(name="plain")
@@ -82,6 +95,20 @@ SKIPPING = (
     System(name="auto: plain, exact", path="auto", paths=("plain", "exact"), ngrams=True),
     System(name="auto: all", path="auto", paths=("plain", "exact", "backoff"), ngrams=True, sequences=True),
 )
+EXITING = (
+    System(name="classifier", classifies=True),
+    System(name="early exit", classifies=True, exits=True, base="classifier"),
+)
+
+
+def systems_of(args: argparse.Namespace, data: str) -> list[System]:
+    """Those that a set of texts is sent to."""
+    every = [PLAIN, STORED, *(SKIPPING if args.skip else ())]
+    for name in list(args.skip)[1:]:
+        for system in SKIPPING[:3]:
+            same_as = system.same_as and f"{name}: {system.same_as}"
+            every.append(replace(system, name=f"{name}: {system.name}", skip=name, same_as=same_as))
+    return [*every, *(EXITING if data in args.exits else ())]
 
 
 @dataclass(slots=True)
@@ -93,10 +120,11 @@ class Seen:
     hits: int = 0
     asked: int = 0
     paths: Counter[str] = field(default_factory=Counter)
+    left: int = 0
 
     def row(self) -> dict[str, Any]:
         """requests_per_s: median of the turns; spread: (p75 - p25) / p50 of them. hit_rate: of texts in the sequence
-        store, else of tokens whose tri-gram was stored. paths: share of the texts that took each."""
+        store, else of tokens whose tri-gram was stored. paths: share of the texts that took each; left: early."""
         p25, p50, p75 = (float(q) for q in np.percentile(self.rates, (25, 50, 75)))
         total = max(1, self.paths.total())
         return {
@@ -106,6 +134,7 @@ class Seen:
             "p99_ms": milliseconds(self.latencies, 99),
             "hit_rate": round(self.hits / self.asked, 4) if self.asked else 0.0,
             "paths": {path: round(count / total, 4) for path, count in sorted(self.paths.items())},
+            "left": round(self.left / max(1, len(self.latencies)), 4),
             "answered": len(self.latencies),
         }
 
@@ -116,7 +145,10 @@ class Served:
     def __init__(self, system: System, engine: Engine) -> None:
         self.system, self.engine, self.seen = system, engine, Seen()
 
-    async def ask(self, texts: Sequence[str]) -> EmbedResult:
+    async def ask(self, texts: Sequence[str]) -> EmbedResult | ClassifyResult:
+        if self.system.classifies:
+            above = None if self.system.exits else 1.0
+            return await self.engine.classify("tenant", texts, truncate=True, exit_threshold=above)
         return await self.engine.embed("tenant", texts, truncate=True, path=self.system.path)
 
     async def send(self, texts: Iterator[str]) -> None:
@@ -139,10 +171,17 @@ class Served:
                 answer = await self.ask([text])
                 self.seen.latencies.append(time.perf_counter() - sent)
                 self.seen.paths.update(answer.paths)
+                if isinstance(answer, ClassifyResult):
+                    self.seen.left += answer.exits[0] is not None
 
         await asyncio.gather(*(client() for _ in range(clients)))
         self.seen.rates.append(len(work) / (time.perf_counter() - begin))
         self._count(before, self.engine.snapshot())
+
+    def kept_mib(self) -> float:
+        """What its stores hold in memory."""
+        held = self.engine.snapshot().memory_bytes
+        return round((held.get("sequences", 0) + held.get("ngrams", 0)) / 2**20, 1)
 
     def _count(self, before: MetricsSnapshot, after: MetricsSnapshot) -> None:
         if self.system.sequences:
@@ -165,7 +204,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "benchmark": "skip",
         "machine": describe() | neighbours.report(),
         "commit": commit(),
-        "config": {name: getattr(args, name) for name in names} | {"backbone": (args.skip or args.backbone).name},
+        "config": {name: getattr(args, name) for name in names}
+        | {"backbone": next(iter(args.skip.values()), args.backbone).name, "skips": list(args.skip)},
         "rows": rows,
     }
     publish(result, args)
@@ -176,8 +216,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     output_flags(parser)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--backbone", type=Path, default=BACKBONE, help="default: the one of `make serve`")
-    parser.add_argument("--skip", type=Path, help="a skip backbone with a plain way, in place of --backbone")
-    parser.add_argument("--ngrams", type=Path, help="a table of it")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="NAME=FOLDER", help="in place of --backbone")
+    parser.add_argument("--ngrams", nargs="+", default=[], metavar="NAME=FILE", help="tables of these")
+    parser.add_argument("--exits", nargs="+", default=[], metavar="SET=FILE", help="classifiers with early exits")
     parser.add_argument("--sets", nargs="+", default=list(SETS))
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--warm", type=int, nargs="+", default=[1_000, 20_000], help="requests before zipf is measured")
@@ -185,7 +226,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--store-mib", type=int, default=256, help="of the sequence store, and of the n-gram cache")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for option in ("skip", "ngrams", "exits"):
+        setattr(args, option, _named(option, getattr(args, option)))
+    return args
+
+
+def _named(option: str, items: Sequence[str]) -> dict[str, Path]:
+    pairs = [item.partition("=") for item in items]
+    if bad := [item for item, (_, equals, _) in zip(items, pairs, strict=True) if not equals]:
+        raise ConfigError(f"{option} has {bad[0]!r}; write NAME=PATH")
+    return {name: Path(path) for name, _, path in pairs}
 
 
 async def _measure(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -197,18 +248,20 @@ async def _measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             zipf = _zipf(test, np.random.default_rng(0))
             for stream, before in (("unseen", []), ("own domain", train)):
                 bar.update(task, description=f"{name}: {stream}")
-                async with _serving(args, before) as every:
+                async with _serving(args, name, before) as every:
                     for served in every:
-                        await served.send(iter(before))
+                        if served.system.keeps:
+                            await served.send(iter(before))
                     rows += await _take_turns(every, args, iter(test), {"set": name, "stream": stream})
                 bar.advance(task)
-            async with _serving(args, []) as every:
+            async with _serving(args, name, []) as every:
                 sent = 0
                 for warm in args.warm:
                     bar.update(task, description=f"{name}: zipf after {warm}")
                     texts = list(itertools.islice(zipf, max(0, warm - sent)))
                     for served in every:
-                        await served.send(iter(texts))
+                        if served.system.keeps:
+                            await served.send(iter(texts))
                     rows += await _take_turns(every, args, zipf, {"set": name, "stream": f"zipf after {warm}"})
                     sent = warm
                     bar.advance(task)
@@ -216,21 +269,24 @@ async def _measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 @asynccontextmanager
-async def _serving(args: argparse.Namespace, own: Sequence[str]) -> AsyncIterator[list[Served]]:
-    """An engine for each system, with nothing stored but tables, and its tenant, asked once. own: texts whose n-grams
-    have a table too."""
-    folder = args.skip or args.backbone
-    backbone = read_backbone(folder)
-    systems = (PLAIN, STORED, *(SKIPPING if args.skip else ()))
+async def _serving(args: argparse.Namespace, data: str, own: Sequence[str]) -> AsyncIterator[list[Served]]:
+    """An engine for each system of a set, with nothing stored but tables, and its tenant, asked once. own: texts whose
+    n-grams have a table too."""
+    folders = args.skip or {"": args.backbone}
+    first = next(iter(folders))
+    backbones = {name: read_backbone(folder) for name, folder in folders.items()}
     async with AsyncExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        tables = [str(args.ngrams)] if args.ngrams else []
+        every_table = {name: [str(args.ngrams[name])] if name in args.ngrams else [] for name in folders}
         if own and args.skip:
-            tables.insert(0, _own_table(backbone, own, scratch / "own.ngrams"))
+            for name, tables in every_table.items():
+                tables.insert(0, _own_table(backbones[name], own, scratch / f"own-{name}.ngrams"))
         every: list[Served] = []
-        for system in systems:
+        for system in systems_of(args, data):
+            name = system.skip or first
+            backbone, tables = backbones[name], every_table[name]
             config = EngineConfig(
-                backbone=str(folder),
+                backbone=str(folders[name]),
                 store=str(scratch / f"store-{len(every)}"),
                 compute_threads=args.threads,
                 sequence_store_bytes=args.store_mib * 2**20 if system.sequences else 0,
@@ -240,7 +296,8 @@ async def _serving(args: argparse.Namespace, own: Sequence[str]) -> AsyncIterato
                 default_deadline_s=600.0,
             )
             engine = await stack.enter_async_context(Engine(config))
-            await engine.add_tenant("tenant", write_tenant(_module(backbone, system.paths)))
+            module = args.exits[data] if system.classifies else write_tenant(_module(backbone, system.paths))
+            await engine.add_tenant("tenant", module)
             every.append(Served(system, engine))
             await every[-1].ask(["a first request"])
         yield every
@@ -285,20 +342,28 @@ async def _take_turns(
                 await served.turn(work, clients)
             await _check(every, work[: _CHECKED // args.rounds])
         shown = [served for served in every if served.seen.rates]
-        rows += [case | {"system": s.system.name, "concurrency": clients} | s.seen.row() | memory_mib() for s in shown]
+        for served in shown:
+            who = {"system": served.system.name, "base": served.system.base, "concurrency": clients}
+            rows.append(case | who | served.seen.row() | {"kept_mib": served.kept_mib()} | memory_mib())
     return rows
 
 
 async def _check(every: Sequence[Served], work: Sequence[str]) -> None:
     """Those that should answer alike do."""
-    answers = {served.system.name: (await served.ask(work)).embeddings for served in every}
-    for served in every:
+    alike = [served for served in every if not served.system.classifies]
+    answers = {served.system.name: _embeddings(await served.ask(work)) for served in alike}
+    for served in alike:
         system = served.system
         if system.same_as:
             tolerance = HALF_TOLERANCE if system.ngrams else TOLERANCE
             worst = float(np.abs(answers[system.name] - answers[system.same_as]).max())
             if not worst <= tolerance:
                 raise SelfTestFailed(f"an answer of {system.name} differs from {system.same_as} by {worst:.3g}")
+
+
+def _embeddings(answer: EmbedResult | ClassifyResult) -> NDArray[np.float32]:
+    assert isinstance(answer, EmbedResult)
+    return answer.embeddings
 
 
 def _zipf(texts: Sequence[str], rng: np.random.Generator) -> Iterator[str]:

@@ -9,6 +9,8 @@ layers, trained and tested on labelled sets, on the teacher and on each skip bac
   down to D tokens.
 
 Training and testing run on the trainer's own forward, in float32; the served one is tested to give the same numbers.
+With --append each set of each backbone is recorded when it is done, and what was recorded with the same settings is not
+measured again.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.machine import Neighbours, commit, describe
-from benchmarks.report import output_flags, publish
+from benchmarks.report import NotMeasured, output_flags, publish, results
 from training.batches import Dataset
 from training.build import build_model
 from training.config import TrainConfig, read_recipe
@@ -85,26 +87,43 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ConfigError(f"skip has {item!r}; write NAME=FOLDER")
         backbones[name] = read_backbone(folder)
     rows: list[dict[str, Any]] = []
+    done = _recorded(args, backbones) if args.append else set()
     with Progress(console=Console(stderr=True), transient=True) as bar:
         work = list(itertools.product(backbones, ("stsb", *args.sets), args.seeds))
         task = bar.add_task("skip_quality", total=len(work))
         tables = _tables(args, backbones)
-        for name, data, seed in work:
+        for i, (name, data, seed) in enumerate(work):
             bar.update(task, description=f"{name}: {data}, seed {seed}")
-            if data != "stsb":
+            if (name, data, seed) in done:
+                pass
+            elif data != "stsb":
                 rows += [_told(name, data, seed, row) for row in _tenant(args, backbones[name], data, seed, tables)]
             elif seed == args.seeds[0]:
                 rows += [_told(name, data, seed, row) for row in _stsb(args, backbones[name], tables)]
             bar.advance(task)
-    result = {
-        "benchmark": "skip_quality",
-        "machine": describe() | neighbours.report(),
-        "commit": commit(),
-        "config": {"max_train_rows": args.max_train_rows, "epochs": args.epochs, "backbone": Path(args.teacher).name}
-        | {"distilled": {name: _distilled(backbone) for name, backbone in backbones.items()}},
-        "rows": rows,
-    }
-    publish(result, args)
+            if rows and (args.append or i == len(work) - 1):
+                machine = describe() | neighbours.report()
+                config = _settings(args, name, backbones[name])
+                result = {"benchmark": "skip_quality", "machine": machine, "commit": commit(), "config": config}
+                publish(result | {"rows": rows}, args)
+                rows = []
+
+
+def _settings(args: argparse.Namespace, name: str, backbone: Backbone) -> dict[str, Any]:
+    about = {"max_train_rows": args.max_train_rows, "epochs": args.epochs, "backbone": Path(args.teacher).name}
+    about |= {"texts": [Path(file).name for file in args.texts], "entries": args.entries, "depths": args.depths}
+    return about | {"system": name, "distilled": _distilled(backbone)}
+
+
+def _recorded(args: argparse.Namespace, backbones: dict[str, Backbone]) -> set[tuple[str, str, int]]:
+    """System, set and seed of what was measured before with these settings."""
+    try:
+        before = results("skip_quality")
+    except NotMeasured:
+        return set()
+    settings = {name: json.loads(json.dumps(_settings(args, name, backbone))) for name, backbone in backbones.items()}
+    known = [result for result in before if settings.get(result["config"]["system"]) == result["config"]]
+    return {(row["system"], row["set"], row["seed"]) for result in known for row in result["rows"]}
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -130,7 +149,11 @@ def _told(name: str, data: str, seed: int, row: dict[str, Any]) -> dict[str, Any
 
 def _distilled(backbone: Backbone) -> dict[str, Any] | None:
     path = backbone.folder / "distilled.json"
-    return None if not path.is_file() else json.loads(path.read_text())["settings"]
+    if not path.is_file():
+        return None
+    settings = json.loads(path.read_text())["settings"]
+    places = ("backbone", "texts", "own_texts", "out", "device")
+    return {name: value for name, value in settings.items() if name not in places}
 
 
 def _tables(args: argparse.Namespace, backbones: dict[str, Backbone]) -> dict[int, Table]:
