@@ -89,10 +89,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     done = _recorded(args, backbones) if args.append else set()
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        work = list(itertools.product(backbones, ("stsb", *args.sets), args.seeds))
+        work = list(itertools.product(("stsb", *args.sets), args.seeds, backbones))
         task = bar.add_task("skip_quality", total=len(work))
         tables = _tables(args, backbones)
-        for i, (name, data, seed) in enumerate(work):
+        for i, (data, seed, name) in enumerate(work):
             bar.update(task, description=f"{name}: {data}, seed {seed}")
             if (name, data, seed) in done:
                 pass
