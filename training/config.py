@@ -20,7 +20,7 @@ PLACEMENTS = {
     "pfeiffer": ("ffn.normed>output",),
     "parallel": ("ffn.input>output",),
 }
-_PATHS = ("backbone", "train", "dev", "test", "out")
+_PATHS = ("backbone", "train", "dev", "test", "out", "teacher", "teacher_backbone")
 
 
 def setting(
@@ -76,6 +76,16 @@ class TrainConfig:
     inner_size: int = setting(0, "width of a tanh layer in the head; 0: one linear layer", at_least=0)
     head_dropout: float = setting(0.0, "dropout before each layer of the head", at_least=0)
 
+    teacher: str = setting("", "native file of a tenant of the plain backbone to learn from as well; empty: none")
+    teacher_backbone: str = setting("", "folder of the teacher's backbone; empty: backbone, by its plain way")
+    teacher_share: float = setting(0.5, "teacher: weight of its answers, that of the labels being 1 less this")
+    temperature: float = setting(1.0, "teacher: its answers are softened by this", at_least=0.1)
+    state_loss: float = setting(0.1, "teacher: weight of the distance to its hidden states", at_least=0)
+    state_epochs: int = setting(0, "teacher: first epochs that learn its hidden states only", at_least=0)
+    teacher_states: tuple[int, ...] = setting(
+        (), "teacher: its states, 0 the embeddings, for each layer of the student; none: the same layers", of=int
+    )
+
     epochs: int = setting(3, "passes over the training rows", at_least=1)
     batch_size: int = setting(32, "rows in one step", at_least=1)
     lr: float = setting(1e-3, "highest learning rate of the deltas", at_least=0)
@@ -96,6 +106,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if not 0 <= self.teacher_share <= 1:
+            raise ConfigError(f"teacher_share is {self.teacher_share}; give a share from 0 to 1", param="teacher_share")
+        if self.teacher_states and min(self.teacher_states) < 0:
+            raise ConfigError(f"teacher_states is {self.teacher_states}; states count from 0", param="teacher_states")
+        if self.teacher and self.state_epochs >= self.epochs:
+            raise ConfigError(f"state_epochs is {self.state_epochs} of {self.epochs} epochs; give fewer")
         for name in ("lora_dropout", "head_dropout", "label_smoothing", "dev_share", "backoff_share"):
             if getattr(self, name) >= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give a share below 1")

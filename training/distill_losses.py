@@ -13,7 +13,7 @@ from vbert.errors import ConfigError
 from vbert.formats.transformers_folder import Backbone
 from vbert.tokenizer import Tokenizer
 
-__all__ = ["DistilLoss", "MaskedLoss"]
+__all__ = ["DistilLoss", "MaskedLoss", "relative_error"]
 
 
 class DistilLoss(nn.Module):
@@ -32,12 +32,12 @@ class DistilLoss(nn.Module):
             taught = teacher(batch)
         learnt, mask, count = student(batch, kept), batch.mask, len(self._states)
         parts = {
-            f"state {i}": _relative(own[mask], taught[i][mask]) / count
+            f"state {i}": relative_error(own[mask], taught[i][mask]) / count
             for own, i in zip(learnt, self._states, strict=True)
         }
         if self._pooled:
             last = self._states[-1]
-            parts["pooled"] = self._pooled * _relative(_mean(learnt[-1], mask), _mean(taught[last], mask)) / count
+            parts["pooled"] = self._pooled * relative_error(_mean(learnt[-1], mask), _mean(taught[last], mask)) / count
         if self._attention:
             scores = []
             pairs = mask[:, None, :, None] & mask[:, None, None, :]
@@ -86,8 +86,8 @@ class MaskedLoss(nn.Module):
         return {"masked tokens": loss}
 
 
-def _relative(own: Tensor, wanted: Tensor) -> Tensor:
-    """[m, H] each."""
+def relative_error(own: Tensor, wanted: Tensor) -> Tensor:
+    """Mean squared distance of rows [m, H], in units of the variance of those wanted."""
     wanted = wanted.float()
     return (own.float() - wanted).pow(2).mean() / wanted.var(0, correction=0).mean().clamp_min(1e-12)
 

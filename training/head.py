@@ -8,7 +8,17 @@ from torch import Tensor, nn
 from training.deltas import to_host
 from vbert.tenant import Dense, Head
 
-__all__ = ["TrainableHead"]
+__all__ = ["TrainableHead", "pooled"]
+
+
+def pooled(pooling: str, hidden: Tensor, mask: Tensor) -> Tensor:
+    """[B, n, H] to [B, H], or as it is where nothing is pooled. mask: [B, n]."""
+    if pooling == "none":
+        return hidden
+    if pooling == "cls":
+        return hidden[:, 0]
+    weights = mask[..., None].to(hidden.dtype)
+    return (hidden * weights).sum(1) / weights.sum(1)
 
 
 class TrainableHead(nn.Module):
@@ -39,12 +49,7 @@ class TrainableHead(nn.Module):
 
     def pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """[B, n, H] to [B, H], or as it is for a token head."""
-        if self.pooling == "none":
-            return hidden
-        if self.pooling == "cls":
-            return hidden[:, 0]
-        weights = mask[..., None].to(hidden.dtype)
-        return (hidden * weights).sum(1) / weights.sum(1)
+        return pooled(self.pooling, hidden, mask)
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         rows = nn.functional.dropout(self.pool(hidden, mask), self.dropout, self.training)

@@ -14,9 +14,10 @@ from training.batches import Dataset
 from training.data import IGNORED
 from training.model import TenantModel
 from training.progress import Progress
+from training.task_teacher import TaskLoss
 from vbert.errors import ConfigError
 
-__all__ = ["FitReport", "FitSettings", "fit"]
+__all__ = ["FitReport", "FitSettings", "Taught", "fit"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +44,21 @@ class FitReport:
     best_epoch: int
 
 
+@dataclass(frozen=True, slots=True)
+class Taught:
+    """A teacher, and the training rows as tokens, which it reads."""
+
+    loss: TaskLoss
+    rows: Dataset
+
+
 def fit(
-    model: TenantModel, train: Dataset, dev_metric: Callable[[], float], settings: FitSettings, progress: Progress
+    model: TenantModel,
+    train: Dataset,
+    dev_metric: Callable[[], float],
+    settings: FitSettings,
+    progress: Progress,
+    taught: Taught | None = None,
 ) -> FitReport:
     """Train in place; the model is left in the state of the epoch with the highest dev metric (the first of equals).
 
@@ -68,7 +82,8 @@ def fit(
                 path = model.paths[0]
                 if len(model.paths) > 1:
                     path = model.paths[int(torch.randint(len(model.paths), (), generator=generator))]
-                total += _step(model, train, indices, path, optimizer, schedule, settings) * len(indices)
+                loss = _loss_of_step(model, train, indices, path, settings, taught, epoch)
+                total += _step(model, loss, optimizer, schedule, settings) * len(indices)
                 done = epoch * (num_steps // settings.epochs) + batch_idx + 1
                 progress(f"training: epoch {epoch + 1}/{settings.epochs}{_shown(losses, metrics)}", done, num_steps)
             losses.append(total / len(train))
@@ -85,20 +100,29 @@ def _shown(losses: list[float], metrics: list[float]) -> str:
     return f", loss {losses[-1]:.3f}, dev {metrics[-1]:.3f}" if losses else ""
 
 
-def _step(
+def _loss_of_step(
     model: TenantModel,
     train: Dataset,
     indices: list[int],
     path: str,
-    optimizer: torch.optim.Optimizer,
-    schedule: LambdaLR,
     settings: FitSettings,
-) -> float:
+    taught: Taught | None,
+    epoch: int,
+) -> Tensor:
+    """Exits count less than what comes after them: 1, 2, 3, ... (docs/training.md)."""
     batch, target = train.batch(indices, model.device, path)
-    # Exits count less than what comes after them: 1, 2, 3, ... (docs/training.md)
-    outputs = model.outputs(batch)
-    losses = [i * _loss(model, each, target, settings.label_smoothing) for i, each in enumerate(outputs, 1)]
-    loss = torch.stack(losses).sum() / sum(range(1, len(losses) + 1))
+    outputs, states = model.traced(batch)
+    losses = [_loss(model, output, target, settings.label_smoothing) for output in outputs]
+    if taught is not None:
+        tokens = taught.rows.batch(indices, model.device)[0].tokens()
+        losses[-1] = taught.loss(tokens, states, outputs[-1], losses[-1], epoch, model.head.target_std)
+    weights = range(1, len(losses) + 1)
+    return torch.stack([i * loss for i, loss in zip(weights, losses, strict=True)]).sum() / sum(weights)
+
+
+def _step(
+    model: TenantModel, loss: Tensor, optimizer: torch.optim.Optimizer, schedule: LambdaLR, settings: FitSettings
+) -> float:
     if not torch.isfinite(loss):
         raise ConfigError(f"the loss is {loss.item()} with lr {settings.lr} and head_lr {settings.head_lr}; lower them")
     loss.backward()  # type: ignore[no-untyped-call]

@@ -41,6 +41,12 @@ class PaddedBatch:
     path: str = "plain"
     kept: Tensor | None = None
 
+    def tokens(self) -> Batch:
+        """For a forward from the embeddings on."""
+        assert self.token_ids is not None
+        assert self.type_ids is not None
+        return Batch(self.token_ids, self.type_ids, self.mask)
+
 
 class TenantModel(nn.Module):
     """Its parameters are those of the deltas and the head; the backbone's weights are no part of the state dict."""
@@ -91,16 +97,21 @@ class TenantModel(nn.Module):
 
     def outputs(self, batch: PaddedBatch) -> list[Tensor]:
         """The same of every exit, and then of the head."""
+        return self.traced(batch)[0]
+
+    def traced(self, batch: PaddedBatch) -> tuple[list[Tensor], dict[int, Tensor]]:
+        """`outputs`, and by how many layers are below them the states [B, n, H] that training changes."""
         if batch.rows is None:
             batch = self.frozen_rows(batch)
         assert batch.rows is not None
-        found: list[Tensor] = []
-        hidden, layer = batch.rows, max(self.lowest_layer, 0)
-        heads = zip((*self.exit_layers, self.config.num_layers), (*self.exits, self.head), strict=True)
-        for before, head in heads:
-            hidden, layer = self._layers(hidden, batch.mask, layer, before), before
-            found.append(head(hidden, batch.mask))
-        return found
+        heads = dict(zip((*self.exit_layers, self.config.num_layers), (*self.exits, self.head), strict=True))
+        first, hidden = max(self.lowest_layer, 0), batch.rows
+        found, states = [heads[first](hidden, batch.mask)] if first in heads else [], {}
+        for layer in range(first, self.config.num_layers):
+            hidden = states[layer + 1] = self._layers(hidden, batch.mask, layer, layer + 1)
+            if layer + 1 in heads:
+                found.append(heads[layer + 1](hidden, batch.mask))
+        return found, states
 
     def exported_exits(self) -> tuple[Exit, ...]:
         heads = [head for head in self.exits if isinstance(head, TrainableHead)]
@@ -136,10 +147,8 @@ class TenantModel(nn.Module):
 
     def _skipped(self, batch: PaddedBatch) -> tuple[Tensor, int]:
         """What the n-grams of a batch give, [B, n, H], and the first layer above them."""
-        assert batch.token_ids is not None
-        assert batch.type_ids is not None
         assert self._skip is not None
-        tokens, kept = Batch(batch.token_ids, batch.type_ids, batch.mask), batch.kept
+        tokens, kept = batch.tokens(), batch.kept
         if batch.path == "backoff" and kept is None:
             kept = hashed_kept(tokens, self._backoff_share)
         rows: Tensor = self._lower[0](tokens, kept)

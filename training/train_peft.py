@@ -20,9 +20,10 @@ from training.devices import training_device
 from training.evaluate import evaluate, main_metric
 from training.exits import Judged, lowest_threshold
 from training.export_tenant import export, write
-from training.loop import FitSettings, fit
+from training.loop import FitSettings, Taught, fit
 from training.model import TenantModel
 from training.progress import Progress, silent
+from training.task_teacher import TaskLoss, TaskTeacher
 from vbert.errors import ConfigError
 from vbert.formats.transformers_folder import Backbone, read_backbone
 from vbert.tokenizer import Tokenizer
@@ -81,7 +82,11 @@ def run(config: TrainConfig, *, progress: Progress = silent) -> TrainReport:
     def dev_metric() -> float:
         return fmean(evaluate(model, dev, path)[metric] for path in model.paths)
 
-    fitted = fit(model, train, dev_metric, fit_settings(config), progress)
+    taught = None
+    if config.teacher:
+        teacher = TaskTeacher.load(config, backbone, labels).to(model.device).eval()
+        taught = Taught(TaskLoss.of(config, teacher, backbone.config.num_layers), parts["train"])
+    fitted = fit(model, train, dev_metric, fit_settings(config), progress, taught)
     measured = {"dev": dev} | ({"test": parts["test"]} if "test" in parts else {})
     by_path = {path: {name: evaluate(model, data, path) for name, data in measured.items()} for path in model.paths}
     results = by_path[model.paths[0]]
@@ -166,6 +171,6 @@ def fit_settings(config: TrainConfig) -> FitSettings:
 
 def _source(config: TrainConfig, backbone: Backbone, results: Mapping[str, Any]) -> dict[str, Any]:
     """What people want to know of the tenant later: every setting but the places on this machine, and the metrics."""
-    places = ("backbone", "train", "dev", "test", "out", "device")
+    places = ("backbone", "train", "dev", "test", "out", "device", "teacher", "teacher_backbone")
     settings = {each.name: getattr(config, each.name) for each in fields(config) if each.name not in places}
     return {"format": "native", "trained_on": backbone.name, "settings": settings, "results": results}
