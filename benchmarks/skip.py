@@ -4,7 +4,7 @@ Streams of real texts to one tenant with a LoRA in the upper half, by every way 
 engine of its own, with the same texts in turns, by one client and by 64:
 
 - *unseen*: every text once;
-- *own domain*: test texts, after the training texts were sent; n-gram tables have these as well;
+- *own domain*: test texts, after --own training texts were sent; n-gram tables have all training texts as well;
 - *zipf*: the test texts drawn by Zipf's law (exponent 1), after 1,000 and after 20,000 such requests.
 
 DIR has SET/train.jsonl.gz and SET/test.jsonl.gz with a "text" in each line. Each FOLDER is a skip backbone (`vbert
@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(f"no backbone at {args.backbone}; run `make serve` once, or give --backbone FOLDER")
     neighbours = Neighbours()
     rows = uvloop.run(_measure(args))
-    names = ("rounds", "requests", "threads", "store_mib")
+    names = ("rounds", "requests", "threads", "store_mib", "own")
     result = {
         "benchmark": "skip",
         "machine": describe() | neighbours.report(),
@@ -222,6 +222,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sets", nargs="+", default=list(SETS))
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--warm", type=int, nargs="+", default=[1_000, 20_000], help="requests before zipf is measured")
+    parser.add_argument("--own", type=int, default=1_000, help="requests before own domain is measured")
     parser.add_argument("--requests", type=int, default=256, help="of a turn; an eighth of it with one client")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--store-mib", type=int, default=256, help="of the sequence store, and of the n-gram cache")
@@ -251,7 +252,7 @@ async def _measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 async with _serving(args, name, before) as every:
                     for served in every:
                         if served.system.keeps:
-                            await served.send(iter(before))
+                            await served.send(iter(before[: args.own]))
                     rows += await _take_turns(every, args, iter(test), {"set": name, "stream": stream})
                 bar.advance(task)
             async with _serving(args, name, []) as every:
