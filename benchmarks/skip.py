@@ -223,7 +223,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--warm", type=int, nargs="+", default=[1_000, 20_000], help="requests before zipf is measured")
     parser.add_argument("--own", type=int, default=1_000, help="requests before own domain is measured")
-    parser.add_argument("--requests", type=int, default=256, help="of a turn; an eighth of it with one client")
+    parser.add_argument("--requests", type=int, default=256, help="of a turn; a quarter of it with one client")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--store-mib", type=int, default=256, help="of the sequence store, and of the n-gram cache")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -333,7 +333,7 @@ async def _take_turns(
     for clients in args.concurrency:
         for served in every:
             served.seen = Seen()
-        count = args.requests if clients > 1 else max(1, args.requests // 8)
+        count = args.requests if clients > 1 else max(1, args.requests // 4)
         for done in range(args.rounds):
             work = list(itertools.islice(texts, count))
             if not work:

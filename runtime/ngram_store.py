@@ -151,10 +151,14 @@ class NgramStore:
             row=np.full(total, -1, np.int64),
             kept=np.zeros(total, np.int64),
         )
-        paths = [set(sequences[i].paths) for i in candidates]
-        self._look_up(routed, sequences, np.array([each & {"exact", "backoff"} != set() for each in paths]), SLOTS)
-        backs_off = np.array(["backoff" in each for each in paths])
-        for length in (2, 1) if backs_off.any() else ():
+        paths = [sequences[i].paths for i in candidates]
+        self._look_up(routed, sequences, [("exact" in each) | ("backoff" in each) for each in paths], SLOTS)
+        absent = np.add.reduceat(routed.kept < SLOTS, tokens.cu_seqlens[:-1]) / np.diff(tokens.cu_seqlens)
+        may = (
+            absent <= self._most_shortened
+        )  # for others shorter n-grams are of no use, but that they have nothing else
+        backs_off = ["backoff" in each and (bool(few) or len(each) == 1) for each, few in zip(paths, may, strict=True)]
+        for length in (2, 1) if any(backs_off) else ():
             self._look_up(routed, sequences, backs_off, length)
         for n, i in enumerate(candidates):
             here = slice(tokens.cu_seqlens[n], tokens.cu_seqlens[n + 1])
@@ -262,16 +266,17 @@ class NgramStore:
         cache = [] if self._cache is None or not shares else [self._cache]
         return [*self._tables.get(domain, self._tables[""]), *cache]
 
-    def _look_up(
-        self, routed: Routed, sequences: Sequence[SequenceInput], asks: NDArray[np.bool_], length: int
-    ) -> None:
+    def _look_up(self, routed: Routed, sequences: Sequence[SequenceInput], asks: Sequence[bool], length: int) -> None:
         """n-grams of so many tokens, for those of the candidates that ask, where nothing was found yet."""
-        lengths = np.diff(routed.tokens.cu_seqlens)
-        asking = [_asking(sequences[i]) for i in routed.candidates]
+        asking = [_asking(sequences[i]) if asks[n] else None for n, i in enumerate(routed.candidates)]
         for ask in dict.fromkeys(asking):
-            wanted = np.repeat(asks & np.array([each == ask for each in asking]), lengths)
+            if ask is None:
+                continue
+            left = np.flatnonzero(routed.kept == 0)
+            if any(each != ask for each in asking):
+                mine = np.repeat([each == ask for each in asking], np.diff(routed.tokens.cu_seqlens))
+                left = left[mine[left]]
             for source in self._sources_of(*ask):
-                left = np.flatnonzero(wanted & (routed.kept == 0))
                 if not len(left):
                     break
                 keys = routed.tokens.keys[left]
@@ -280,6 +285,7 @@ class NgramStore:
                 hit = left[there]
                 routed.row[hit], routed.kept[hit] = rows[there], length
                 routed.source[hit] = next(n for n, each in enumerate(routed.sources) if each is source)
+                left = left[~there]
 
     def _want(self, keys: Keys) -> None:
         """Of n-grams that were replaced by shorter ones, those that were missing before. More than a few thousand are
