@@ -6,7 +6,8 @@ layers, trained and tested on labelled sets, on the teacher and on each skip bac
 - *plain*: the teacher, or the plain way of a folder whose tenants are trained for all its paths at once;
 - *exact*: whole n-grams, which is `compute` as well; a plain shallower encoder has only this one;
 - *backoff N D*: nothing computed, a table of the N most frequent n-grams of --texts, and where they have none, n-grams
-  down to D tokens.
+  down to D tokens; *own P*: before it a table of the tenant's own domain, the head of its training texts' n-grams that
+  covers the share P of their occurrences. coverage: share of the tokens that were tested whose whole tri-gram is there.
 
 Training and testing run on the trainer's own forward, in float32; the served one is tested to give the same numbers.
 With --append each set of each backbone is recorded when it is done, and what was recorded with the same settings is not
@@ -20,7 +21,8 @@ import gzip
 import itertools
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,7 @@ from vbert.errors import ConfigError
 from vbert.formats.transformers_folder import Backbone, read_backbone
 from vbert.ngram.counting import NgramCounts, head
 from vbert.ngram.index import build_index, look_up, ngram_keys
+from vbert.skip import SLOTS
 from vbert.tables import count_texts
 from vbert.tokenizer import Tokenizer
 
@@ -59,22 +62,48 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Table:
-    """Which n-grams are stored: an index without rows."""
+    """Which n-grams are stored: indices without rows."""
 
-    def __init__(self, counts: NgramCounts, entries: int) -> None:
+    def __init__(self, counts: NgramCounts, entries: int | None, coverage: float = 1.0) -> None:
         keys, how_often = counts.result()
-        keys, _ = head(keys, how_often, max_entries=entries, min_count=1)
-        self._index, self.entries = build_index(keys), len(keys)
+        keys, _ = head(keys, how_often, max_entries=entries, coverage=coverage, min_count=1)
+        self._indices = [build_index(keys)]
+
+    def beside(self, other: Table) -> Table:
+        """Both, asked as one."""
+        both = copy(self)
+        both._indices = self._indices + other._indices
+        return both
 
     def kept(self, batch: PaddedBatch, depth: int) -> Tensor:
-        """[B, n] tokens of the stored n-gram around each token, 0 where there is none."""
+        """[B, n] tokens of the longest stored n-gram around each token, 0 where there is none."""
         assert batch.token_ids is not None
         lengths = batch.mask.sum(1).numpy()
         cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        _, found = look_up(ngram_keys(batch.token_ids[batch.mask].numpy(), cu_seqlens), self._index, depth)
+        keys = ngram_keys(batch.token_ids[batch.mask].numpy(), cu_seqlens)
+        found = np.maximum.reduce([look_up(keys, index, depth)[1] for index in self._indices])
         kept = torch.zeros(batch.mask.shape, dtype=torch.int64)
         kept[batch.mask] = torch.from_numpy(found.astype(np.int64))
         return kept
+
+
+class Stored:
+    """A model's forward where nothing is computed but what a table has; counts how often it has all."""
+
+    def __init__(self, model: TenantModel, table: Table, depth: int) -> None:
+        self._model, self._table, self._depth = model, table, depth
+        self._whole = self._tokens = 0
+
+    def __call__(self, batch: PaddedBatch) -> Tensor:
+        kept = self._table.kept(batch, self._depth)
+        self._whole += int((kept == SLOTS).sum())
+        self._tokens += int(batch.mask.sum())
+        output: Tensor = self._model(replace(batch, kept=kept))
+        return output
+
+    @property
+    def coverage(self) -> float:
+        return round(self._whole / max(1, self._tokens), 4)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -112,6 +141,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _settings(args: argparse.Namespace, name: str, backbone: Backbone) -> dict[str, Any]:
     about = {"max_train_rows": args.max_train_rows, "epochs": args.epochs, "backbone": Path(args.teacher).name}
     about |= {"texts": [Path(file).name for file in args.texts], "entries": args.entries, "depths": args.depths}
+    if args.own:
+        about["own"] = args.own
     return about | {"system": name, "distilled": _distilled(backbone)}
 
 
@@ -137,6 +168,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--texts", nargs="+", default=[], help="corpus of the tables that backoff is measured with")
     parser.add_argument("--entries", type=int, nargs="+", default=[100_000, 1_000_000], help="sizes of these")
     parser.add_argument("--depths", type=int, nargs="+", default=[1], help="tokens of the shortest n-gram taken")
+    parser.add_argument("--own", type=float, nargs="*", default=[], help="coverages of tables of the training texts")
     parser.add_argument("--top-layers", type=int, default=3, help="layers with a LoRA where there is no skip part")
     parser.add_argument("--max-train-rows", type=int, default=3000)
     parser.add_argument("--epochs", type=int, default=3)
@@ -161,11 +193,15 @@ def _tables(args: argparse.Namespace, backbones: dict[str, Backbone]) -> dict[in
     if not args.texts or all(backbone.skip is None for backbone in backbones.values()):
         return {}
     teacher = backbones["teacher"]
-    counts = NgramCounts()
-    tokenizer = Tokenizer.load(teacher.folder, teacher.config)
-    for file in args.texts:
-        count_texts(read_texts(file), tokenizer, 128, counts)
+    counts = _counts(args.texts, Tokenizer.load(teacher.folder, teacher.config))
     return {size: Table(counts, size) for size in args.entries}
+
+
+def _counts(files: Iterable[str | Path], tokenizer: Tokenizer) -> NgramCounts:
+    counts = NgramCounts()
+    for file in files:
+        count_texts(read_texts(file), tokenizer, 128, counts)
+    return counts
 
 
 def _ways(backbone: Backbone, tables: dict[int, Table], depths: Sequence[int]) -> Iterator[tuple[str, str, Any]]:
@@ -190,6 +226,9 @@ def _tenant(
     config = _config(args, backbone, data, task, seed, bool(tables))
     rows = {part: read_rows(args.data / data / f"{part}.jsonl.gz", task) for part in ("train", "dev", "test")}
     labels = label_names(rows["train"])
+    if task == "classify":  # a label that nobody could learn is left out
+        known = {row.target for row in rows["train"]}
+        rows = {part: [row for row in of_part if row.target in known] for part, of_part in rows.items()}
     order = torch.randperm(len(rows["train"]), generator=torch.Generator().manual_seed(seed)).tolist()
     rows["train"] = [rows["train"][i] for i in order[: args.max_train_rows]]
     tokenizer = Tokenizer.load(backbone.folder, backbone.config)
@@ -202,11 +241,21 @@ def _tenant(
 
     settings: FitSettings = fit_settings(config)
     fitted = fit(model, train, dev_metric, settings, silent)
-    for path, name, stored in _ways(backbone, tables, args.depths):
-        found = evaluate_with(model, parts["test"], _forward(model, stored), path)
-        yield {"path": name, "trained_for": list(model.paths), "metric": metric, "value": round(found[metric], 5)} | {
-            "dev": round(max(fitted.dev_metrics), 5)
-        }
+    ways = list(_ways(backbone, tables, args.depths))
+    if args.own and "backoff" in model.paths:
+        files = [args.data / data / "train.jsonl.gz"]
+        own, general = _counts(files, tokenizer), tables[min(tables)]
+        for share in args.own:
+            ways.append(("backoff", f"backoff own {share:g}", (Table(own, None, share).beside(general), 1)))
+    for path, name, stored in ways:
+        forward = model if stored is None else Stored(model, *stored)
+        found = evaluate_with(model, parts["test"], forward, path)
+        row = {"path": name, "trained_for": list(model.paths), "metric": metric, "value": round(found[metric], 5)}
+        yield (
+            row
+            | {"dev": round(max(fitted.dev_metrics), 5)}
+            | ({"coverage": forward.coverage} if isinstance(forward, Stored) else {})
+        )
 
 
 def _config(
@@ -226,13 +275,6 @@ def _config(
             "top_layers": top or min(layers, args.top_layers),
         }
     )
-
-
-def _forward(model: TenantModel, stored: tuple[Table, int] | None) -> Any:
-    if stored is None:
-        return model
-    table, depth = stored
-    return lambda batch: model(replace(batch, kept=table.kept(batch, depth)))
 
 
 # ---- sentence similarity -------------------------------------------------------------------------------------------
