@@ -156,23 +156,28 @@ def overlap() -> str:
 
 
 def skip() -> str:
-    """By backbone, stream, clients and way through the lower layers: requests/s next to the plain way."""
+    """By backbone, stream and clients: requests/s of each way as a multiple of the plain one, and the share of hits."""
     newest = {result["config"]["backbone"]: result for result in results("skip")}
+    return "\n\n".join(_where(result) + _skip_table(result) for _, result in sorted(newest.items()))
+
+
+def _skip_table(result: Mapping[str, Any]) -> str:
+    cases: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in result["rows"]:
+        cases.setdefault((row["set"], row["stream"], row["concurrency"]), {})[row["system"]] = row
+    ways = [way for way in dict.fromkeys(way for each in cases.values() for way in each) if way != "plain"]
     body = []
-    for backbone, result in sorted(newest.items()):
-        plain: dict[tuple[Any, ...], Row] = {}
-        for row in result["rows"]:
-            case = row["set"], row["stream"], row["concurrency"]
-            if row["system"] in ("plain", "classifier"):
-                plain[*case, row["system"]] = row
-                continue
-            base = plain[*case, row.get("base", "plain")]
-            speeds = [base["requests_per_s"], row["requests_per_s"]]
-            ratio = f"{speeds[1] / speeds[0]:.2f}x"
-            seen = [f"{row['left'] if row.get('left') else row['hit_rate']:.2f}", base["p50_ms"], row["p50_ms"]]
-            body.append([backbone, *case, row["system"], *speeds, ratio, *seen])
-    header = ["backbone", "set", "stream", "clients", "way", "plain /s", "this /s", "ratio", "hits", "plain p50 ms"]
-    return "".join(map(_where, newest.values())) + markdown([*header, "p50 ms"], body)
+    for case, by_way in cases.items():
+        bases = {way: by_way[row.get("base", "plain")] for way, row in by_way.items()}
+        speeds = {way: row["requests_per_s"] / bases[way]["requests_per_s"] for way, row in by_way.items()}
+        hits = {way: row.get("left") or row["hit_rate"] for way, row in by_way.items()}
+        cells = [
+            f"{speeds[way]:.2f}x" + (f" ({hits[way]:.2f})" if hits[way] else "") if way in speeds else "-"
+            for way in ways
+        ]
+        body.append([*case, by_way["plain"]["requests_per_s"], *cells])
+    ways = [f"{way}, to plain" if way == "classifier" else way for way in ways]
+    return markdown(["set", "stream", "clients", "plain /s", *ways], body)
 
 
 def distillation() -> str:
