@@ -70,11 +70,13 @@ async def test_the_budget_holds_and_eviction_is_the_identity(serving, factory, b
     async with serving(module_budget_bytes=budget) as engine:
         for tenant, module in modules.items():
             await add(engine, tenant, module)
-        for _ in range(2):
+        for round_ in range(3):
             for tenant, module in modules.items():
                 answer = await engine.classify(tenant, TEXTS[:2])
                 np.testing.assert_allclose(answer.probabilities, dense.probabilities(module, TEXTS[:2]), **CLOSE)
-                np.testing.assert_array_equal(answers.setdefault(tenant, answer).probabilities, answer.probabilities)
+                if round_:  # the first time self-tests are in the batch, and sums may come in another order
+                    first = answers.setdefault(tenant, answer)
+                    np.testing.assert_array_equal(first.probabilities, answer.probabilities)
                 now = engine.snapshot()
                 assert 0 < sum(now.resident_bytes.values()) <= budget
         resident = engine._core.manager.resident
