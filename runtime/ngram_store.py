@@ -187,8 +187,8 @@ class NgramStore:
         source, row, kept = routed.source[mine], routed.row[mine], routed.kept[mine]
         paths = [routed.paths[i] for i, taken in zip(routed.candidates, chosen, strict=True) if taken]
         computes = np.repeat([path != "backoff" for path in paths], lengths[chosen])
-        stores = np.repeat([path == "exact" for path in paths], lengths[chosen])
-        stores &= np.repeat([routed.shares[n] for n in np.flatnonzero(chosen)], lengths[chosen])
+        shares = np.repeat([routed.shares[n] for n in np.flatnonzero(chosen)], lengths[chosen])
+        stores = shares & np.repeat([path == "exact" for path in paths], lengths[chosen])
         short = np.repeat([path == "shortened" for path in paths], lengths[chosen])
         keys = (
             shortened(tokens.keys, np.where(short, SLOTS - tokens.positions % SLOTS, SLOTS))
@@ -204,10 +204,8 @@ class NgramStore:
         which = np.full(len(tokens), -1, np.int64)
         which[to_compute] = inverse
         may_keep = np.zeros(len(missing), np.bool_)
-        if self._cache is not None and len(missing):
-            may_keep[inverse[stores[to_compute]]] = True
         if self._cache is not None:
-            shares = np.repeat([routed.shares[n] for n in np.flatnonzero(chosen)], lengths[chosen])
+            may_keep[inverse[stores[to_compute]]] = True
             self._want(keys[shares & ~computes & (kept < SLOTS)])
             beside = np.setdiff1d(self.wanted(len(tokens) // _TOKENS_PER_WANTED), missing)
             missing = np.concatenate([missing, beside])

@@ -1,0 +1,99 @@
+"""The tables of skipped layers in docs/benchmarks.md: what they save (`skip`), what students learn (`distillation`),
+what it loses (`skip_quality`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+__all__ = ["tables"]
+
+Row = Mapping[str, Any]
+Results = Callable[[str], list[dict[str, Any]]]
+Markdown = Callable[[Sequence[str], Iterable[Sequence[object]]], str]
+
+
+def tables(
+    results: Results, where: Callable[[Mapping[str, Any]], str], markdown: Markdown
+) -> dict[str, Callable[[], str]]:
+    """By name, as benchmarks/report.py has them; `where` says on which machine a result was measured."""
+
+    def skip() -> str:
+        newest = {result["config"]["backbone"]: result for result in results("skip")}
+        return "\n\n".join(where(result) + _skip(result, markdown) for _, result in sorted(newest.items()))
+
+    return {
+        "skip": skip,
+        "distillation": lambda: _distillation(results("distillation"), markdown),
+        "skip_quality": lambda: _quality(results("skip_quality"), markdown),
+    }
+
+
+def _skip(result: Mapping[str, Any], markdown: Markdown) -> str:
+    """By stream and clients: requests/s of each way as a multiple of the plain one, and the share of hits."""
+    cases: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in result["rows"]:
+        cases.setdefault((row["set"], row["stream"], row["concurrency"]), {})[row["system"]] = row
+    ways = [way for way in dict.fromkeys(way for each in cases.values() for way in each) if way != "plain"]
+    body = []
+    for case, by_way in cases.items():
+        bases = {way: by_way[row.get("base", "plain")] for way, row in by_way.items()}
+        speeds = {way: row["requests_per_s"] / bases[way]["requests_per_s"] for way, row in by_way.items()}
+        hits = {way: row.get("left") or row["hit_rate"] for way, row in by_way.items()}
+        cells = [
+            f"{speeds[way]:.2f}x" + (f" ({hits[way]:.2f})" if hits[way] else "") if way in speeds else "-"
+            for way in ways
+        ]
+        body.append([*case, by_way["plain"]["requests_per_s"], *cells])
+    ways = [f"{way}, to plain" if way == "classifier" else way for way in ways]
+    return markdown(["set", "stream", "clients", "plain /s", *ways], body)
+
+
+def _distillation(found: Iterable[Mapping[str, Any]], markdown: Markdown) -> str:
+    """By backbone, student and tokens: the errors left at the merge, at the last layer and of the pooled state."""
+    cells: dict[tuple[Any, ...], list[Row]] = {}
+    for result in found:
+        for row in result["rows"]:
+            cells.setdefault((row["backbone"], row["system"], row["kind"], row["tokens"] // 1000), []).append(row)
+    body = []
+    for (backbone, system, kind, thousands), rows in cells.items():
+        seeds = {row["seed"]: row for row in rows}.values()  # the newest of each
+        ends = [list(row["after"].values()) for row in seeds], [list(row["after_backoff"].values()) for row in seeds]
+        errors = [" ".join(f"{each[i]:.3f}" for each in end) for end in ends for i in (0, -2, -1)]
+        begins = " ".join(f"{list(row['before'].values())[-1]:.3f}" for row in seeds)
+        minutes = fmean(row["seconds"] for row in seeds) / 60
+        body.append([backbone, system, kind, f"{thousands}k", f"{minutes:.1f}", begins, *errors])
+    header = ["backbone", "student", "kind", "tokens", "minutes", "pooled before", "merge", "last layer", "pooled"]
+    return markdown([*header, "merge, shortened", "last layer, shortened", "pooled, shortened"], body)
+
+
+def _quality(found: Iterable[Mapping[str, Any]], markdown: Markdown) -> str:
+    """By backbone, system and path: the metric of each set, mean of the seeds, and how far those that all systems
+    of a backbone have are from the teacher."""
+    cells: dict[tuple[str, str, str], dict[str, dict[int, float]]] = {}
+    budgets: dict[tuple[str, str], str] = {}
+    for result in found:
+        config = result["config"]
+        budgets[config["backbone"], config["system"]] = _budget(config)
+        for row in result["rows"]:
+            of_set = cells.setdefault((config["backbone"], row["system"], row["path"]), {})
+            of_set.setdefault(row["set"], {})[row["seed"]] = row["value"]
+    sets = sorted({name for of_set in cells.values() for name in of_set})
+    common: dict[str, set[str]] = {}
+    for (backbone, *_), of_set in cells.items():
+        common[backbone] = common.get(backbone, {*of_set}) & {*of_set}
+    body = []
+    for (backbone, system, path), of_set in cells.items():
+        means = {name: 100 * fmean(values.values()) for name, values in of_set.items()}
+        teacher = {name: 100 * fmean(v.values()) for name, v in cells[backbone, "teacher", "plain"].items()}
+        both = [means[name] - teacher[name] for name in means if name in common[backbone]]
+        shown = [f"{means[name]:.1f}" if name in means else "-" for name in sets]
+        body.append([backbone, system, budgets[backbone, system], path, *shown, f"{fmean(both):+.1f}" if both else "-"])
+    return markdown(["backbone", "system", "tokens", "path", *sets, "to teacher"], body)
+
+
+def _budget(config: Mapping[str, Any]) -> str:
+    """What a student learnt from."""
+    distilled = config["distilled"]
+    return "-" if distilled is None else f"{distilled['tokens']:,}"
