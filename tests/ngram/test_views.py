@@ -121,3 +121,12 @@ def test_keys_leave_the_index_without_losing_others() -> None:
     found = find_rows(keys, index)
     assert (found[0::2] == -1).all()
     assert found[1::2].tolist() == list(range(1, 400, 2))
+
+
+@pytest.mark.parametrize("slot", [0, 21, 42])
+def test_n_grams_that_differ_in_one_token_are_not_taken_for_each_other(slot: int) -> None:
+    cache = NgramCache(2**20, 4)
+    same = sum(np.uint64(7) << np.uint64(other) for other in (0, 21, 42) if other != slot)
+    keys = (np.arange(100, 400, dtype=np.uint64) << np.uint64(slot)) | np.uint64(same)
+    assert not cache.worth_keeping(keys).any()
+    assert cache.worth_keeping(keys[::-1]).mean() > 0.9

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vbert.errors import ConfigError, ShapeError
-from vbert.ngram.index import Keys, Rows, find_rows, insert_key, places_for, remove_key
+from vbert.ngram.index import Keys, Rows, find_rows, insert_key, mixed, places_for, remove_key
 from vbert.ngram.views import add_views
 
 __all__ = ["NgramCache"]
@@ -89,8 +89,8 @@ class NgramCache:
 def _see(keys, seen, again):  # type: ignore[no-untyped-def]
     mask = np.uint64(len(seen) - 1)
     for i in range(len(keys)):
-        mixed = keys[i] * np.uint64(0x9E3779B97F4A7C15)
-        place, tag = (mixed >> np.uint64(32)) & mask, np.uint32(mixed & np.uint64(0xFFFFFFFF)) | np.uint32(1)
+        bits = mixed(keys[i])
+        place, tag = (bits >> np.uint64(32)) & mask, np.uint32(bits & np.uint64(0xFFFFFFFF)) | np.uint32(1)
         again[i] = seen[place] == tag
         seen[place] = tag
 

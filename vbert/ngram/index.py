@@ -23,6 +23,7 @@ __all__ = [
     "find_rows",
     "insert_key",
     "look_up",
+    "mixed",
     "ngram_keys",
     "parts_of",
     "places_for",
@@ -127,11 +128,17 @@ def _keys(ids, cu_seqlens, keys):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True, inline="always")
-def _place(key, mask):  # type: ignore[no-untyped-def]
-    """Source: the finaliser of MurmurHash3 (Appleby, public domain)."""
+def mixed(key):  # type: ignore[no-untyped-def]
+    """64 bits, each of which depends on all of a key. Only inside kernels. Source: the finaliser of MurmurHash3
+    (Appleby, public domain)."""
     key = (key ^ (key >> _HALF)) * _FIRST_MIX
     key = (key ^ (key >> _HALF)) * _SECOND_MIX
-    return (key ^ (key >> _HALF)) & mask
+    return key ^ (key >> _HALF)
+
+
+@numba.njit(nogil=True, cache=True, inline="always")
+def _place(key, mask):  # type: ignore[no-untyped-def]
+    return mixed(key) & mask
 
 
 @numba.njit(nogil=True, cache=True)
