@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vbert.errors import ShapeError
+from vbert.kernels.prefetch import prefetch
 
 __all__ = [
     "CODE_BITS",
@@ -34,7 +35,7 @@ __all__ = [
 CODE_BITS = 21
 MAX_TOKEN_ID = (1 << CODE_BITS) - 2
 _MOST_FULL = 0.5  # of the places: then a key is found in the first cache line nearly always
-_BLOCK = 64  # keys whose first places are read before any is compared, so that the memory answers them side by side
+_BLOCK = 256  # keys whose first places are asked for before any is read, so that the memory answers them side by side
 
 Keys = NDArray[np.uint64]
 Rows = NDArray[np.int64]
@@ -206,40 +207,35 @@ def _walk(key, place, index, mask):  # type: ignore[no-untyped-def]
 @numba.njit(nogil=True, cache=True)
 def _find(keys, index, rows):  # type: ignore[no-untyped-def]
     mask = np.uint64(len(index) - 1)
-    places, firsts = np.empty(_BLOCK, np.uint64), np.empty(_BLOCK, np.uint64)
+    places = np.empty(_BLOCK, np.uint64)
     for begin in range(0, len(keys), _BLOCK):
         count = min(_BLOCK, len(keys) - begin)
         for j in range(count):
             places[j] = _place(keys[begin + j], mask)
-            firsts[j] = index[places[j], 0]
+            prefetch(index, places[j])  # type: ignore[call-arg]
         for j in range(count):
             key = keys[begin + j]
-            rows[begin + j] = np.int64(index[places[j], 1])
-            if firsts[j] != key or key == 0:
-                rows[begin + j] = _walk(key, places[j], index, mask) if key != 0 else np.int64(-1)
+            rows[begin + j] = _walk(key, places[j], index, mask) if key != 0 else np.int64(-1)
 
 
 @numba.njit(nogil=True, cache=True)
 def _look_up(keys, index, depth, rows, kept):  # type: ignore[no-untyped-def]
     mask = np.uint64(len(index) - 1)
-    left, wanted = np.empty(_BLOCK, np.int64), np.empty(_BLOCK, np.uint64)
-    places, firsts = np.empty(_BLOCK, np.uint64), np.empty(_BLOCK, np.uint64)
+    left, wanted, places = np.empty(_BLOCK, np.int64), np.empty(_BLOCK, np.uint64), np.empty(_BLOCK, np.uint64)
     for begin in range(0, len(keys), _BLOCK):
         count = min(_BLOCK, len(keys) - begin)
         for j in range(count):
             left[j] = begin + j
         for length in range(3, depth - 1, -1):
             keep = ~np.uint64(0) if length == 3 else (_RIGHT if length == 2 else _CENTRE)
-            for j in range(count):  # reads only: nothing here waits for the memory
+            for j in range(count):
                 wanted[j] = keys[left[j]] & keep
                 places[j] = _place(wanted[j], mask)
-                firsts[j] = index[places[j], 0]
+                prefetch(index, places[j])  # type: ignore[call-arg]
             missing = 0
             for j in range(count):
                 i = left[j]
-                row = np.int64(index[places[j], 1])
-                if firsts[j] != wanted[j]:
-                    row = _walk(wanted[j], places[j], index, mask)
+                row = _walk(wanted[j], places[j], index, mask)
                 if row >= 0:
                     rows[i], kept[i] = row, length
                 else:
