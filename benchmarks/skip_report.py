@@ -1,5 +1,5 @@
 """The tables of skipped layers in docs/benchmarks.md: what they save (`skip`), what students learn (`distillation`),
-what it loses (`skip_quality`)."""
+what it loses (`skip_quality`), what looking n-grams up takes (`look_up`)."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def tables(
         "skip": skip,
         "distillation": lambda: _distillation(results("distillation"), markdown),
         "skip_quality": lambda: _quality(results("skip_quality"), markdown),
+        "look_up": lambda: _look_up(results("look_up")[-1], where, markdown),
     }
 
 
@@ -48,6 +49,24 @@ def _skip(result: Mapping[str, Any], markdown: Markdown) -> str:
         body.append([*case, by_way["plain"]["requests_per_s"], *cells])
     ways = [f"{way}, to plain" if way == "classifier" else way for way in ways]
     return markdown(["set", "stream", "clients", "plain /s", *ways], body)
+
+
+def _look_up(result: Mapping[str, Any], where: Callable[[Mapping[str, Any]], str], markdown: Markdown) -> str:
+    """Million keys a second, and the parts of a batch that skips."""
+    of = {what: [row for row in result["rows"] if row["what"] == what] for what in ("keys", "batch")}
+    keys = [
+        [row["set"], row["depth"], *(f"{row['found'][kept]:.2f}" for kept in "3210"), row["mkeys_per_s"], row["spread"]]
+        for row in of["keys"]
+    ]
+    ms = [(row, {what: row["ms"].get(what) for what in ("look_up", "enter", "batch", "plain")}) for row in of["batch"]]
+    batches = [
+        [row["system"], *("-" if each is None else f"{each:.1f}" for each in parts.values()), f"{row['share']:.1%}"]
+        for row, parts in ms
+    ]
+    header = ["set", "depth", "tri-grams", "bi-grams", "uni-grams", "nothing", "M keys/s", "spread"]
+    parts = markdown(["backbone", "look-up ms", "enter ms", "batch ms", "plain ms", "share"], batches)
+    entries = f"{of['keys'][0]['entries']:,} entries.\n\n" if of["keys"] else ""
+    return where(result) + entries + markdown(header, keys) + "\n\n" + parts
 
 
 def _distillation(found: Iterable[Mapping[str, Any]], markdown: Markdown) -> str:
