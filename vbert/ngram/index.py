@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vbert.errors import ShapeError
-from vbert.kernels.prefetch import prefetch
+from vbert.ngram.prefetch import prefetch
 
 __all__ = [
     "CODE_BITS",
