@@ -136,5 +136,9 @@ def _version(answer: dict[str, Any]) -> TenantVersion:
         labels=tuple(answer["labels"]),
         max_length=answer["max_length"],
         kinds=tuple(answer["kinds"]),
+        paths=tuple(answer["paths"]),
+        skip_fingerprint=answer["skip_fingerprint"],
+        exits=tuple(answer["exits"]),
+        exit_threshold=answer["exit_threshold"],
         source=answer["source"],
     )

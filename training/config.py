@@ -86,7 +86,7 @@ class TrainConfig:
         (), "teacher: its states, 0 the embeddings, for each layer of the student; none: the same layers", of=int
     )
 
-    epochs: int = setting(3, "passes over the training rows", at_least=1)
+    epochs: int = setting(3, "passes over the training rows, for each of the paths", at_least=1)
     batch_size: int = setting(32, "rows in one step", at_least=1)
     lr: float = setting(1e-3, "highest learning rate of the deltas", at_least=0)
     head_lr: float = setting(5e-3, "highest learning rate of the head", at_least=0)

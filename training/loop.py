@@ -62,13 +62,15 @@ def fit(
 ) -> FitReport:
     """Train in place; the model is left in the state of the epoch with the highest dev metric (the first of equals).
 
-    A model of several paths takes one of them at random in each step.
+    A model of several paths takes one of them at random in each step, and as many passes over the rows in each epoch as
+    it has paths: each path gets the steps that it would get alone.
 
     The same model state, data and settings give the same result on the same machine and thread count: order and
     dropout come from `settings.seed`, and the caller's random state is left as it was.
     """
     generator = torch.Generator().manual_seed(settings.seed)
-    num_steps = settings.epochs * -(-len(train) // settings.batch_size)
+    passes = len(model.paths)
+    num_steps = settings.epochs * passes * -(-len(train) // settings.batch_size)
     optimizer, schedule = _optimizer(model, settings, num_steps)
     losses: list[float] = []
     metrics: list[float] = []
@@ -78,7 +80,8 @@ def fit(
         for epoch in range(settings.epochs):
             model.train()
             total = 0.0
-            for batch_idx, indices in enumerate(train.shuffled(settings.batch_size, generator)):
+            batches = [each for _ in range(passes) for each in train.shuffled(settings.batch_size, generator)]
+            for batch_idx, indices in enumerate(batches):
                 path = model.paths[0]
                 if len(model.paths) > 1:
                     path = model.paths[int(torch.randint(len(model.paths), (), generator=generator))]
@@ -86,7 +89,7 @@ def fit(
                 total += _step(model, loss, optimizer, schedule, settings) * len(indices)
                 done = epoch * (num_steps // settings.epochs) + batch_idx + 1
                 progress(f"training: epoch {epoch + 1}/{settings.epochs}{_shown(losses, metrics)}", done, num_steps)
-            losses.append(total / len(train))
+            losses.append(total / (passes * len(train)))
             metrics.append(dev_metric())
             if metrics[-1] > max(metrics[:-1], default=-float("inf")):
                 best = {name: value.detach().clone() for name, value in model.state_dict().items()}

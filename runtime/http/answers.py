@@ -168,6 +168,10 @@ class TenantAnswer(Shape):
     labels: list[str]
     max_length: int | None
     kinds: list[str]
+    paths: list[str] = Field(description="ways through the lower layers that it was trained and self-tested for")
+    skip_fingerprint: str = Field(description="of the local layers it was trained on; empty: none")
+    exits: list[int] = Field(description="layers before which its answers may leave")
+    exit_threshold: float = Field(description="how confident an answer must be to leave; 1: none does")
     source: dict[str, Any]
 
 

@@ -132,6 +132,10 @@ def _fields(version: TenantVersion) -> dict[str, Any]:
         "labels": version.labels,
         "max_length": version.max_length,
         "kinds": version.kinds,
+        "paths": version.paths,
+        "skip_fingerprint": version.skip_fingerprint,
+        "exits": version.exits,
+        "exit_threshold": version.exit_threshold,
         "source": version.source,
     }
 

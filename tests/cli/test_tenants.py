@@ -31,6 +31,8 @@ def test_the_life_of_a_tenant(ok, refused, target, backbone, checkpoints):
     first = ok(*add, checkpoints / "intent.safetensors")
     assert (first["tenant"], first["version"], first["active"], first["new"]) == ("demo", 1, True, True)
     assert (first["task"], first["kinds"], len(first["labels"])) == ("classify", ["low_rank"], 3)
+    assert (first["paths"], first["skip_fingerprint"]) == (["plain"], "")
+    assert (first["exits"], first["exit_threshold"]) == ([], 1)
     assert ok(*add, checkpoints / "intent.safetensors")["new"] is False
     assert ok(*add, checkpoints / "vectors.safetensors", "--if-match", 1)["version"] == 2
     assert "has version 2, not version 1" in refused(*add, checkpoints / "intent.safetensors", "--if-match", 1)

@@ -118,6 +118,30 @@ def test_a_tenant_that_skips_learns_from_one_that_does_not(tmp_path, plain_way):
         torch.testing.assert_close(test.expected, want, rtol=0, atol=1e-4)
 
 
+def test_each_path_gets_the_steps_that_it_would_get_alone(tmp_path):
+    source = read_backbone(tiny_backbone("bert", tmp_path / "plain", num_layers=3, positions=66))
+    write_folder(tmp_path / "skip", random_student(source), source, plain_way=True, name="tiny-skip")
+    rows = write_rows(tmp_path / "rows.jsonl", rows_of("classify"))
+    steps = []
+    for paths in (("exact",), ("plain", "exact", "backoff")):
+        told = []
+        config = TrainConfig(
+            backbone=str(tmp_path / "skip"),
+            out=str(tmp_path / f"{len(paths)}.safetensors"),
+            train=rows,
+            dev=rows,
+            rank=2,
+            epochs=2,
+            batch_size=2,
+            paths=paths,
+        )
+        run(config, progress=lambda what, done, total, told=told: told.append((what, done, total)))
+        training = [(done, total) for what, done, total in told if what.startswith("training: epoch")]
+        steps.append(len(training))
+        assert [done for done, _ in training] == list(range(1, training[0][1] + 1))
+    assert steps[1] == 3 * steps[0]
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
