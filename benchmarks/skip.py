@@ -108,7 +108,9 @@ def systems_of(args: argparse.Namespace, data: str) -> list[System]:
         for system in SKIPPING[:3]:
             same_as = system.same_as and f"{name}: {system.same_as}"
             every.append(replace(system, name=f"{name}: {system.name}", skip=name, same_as=same_as))
-    return [*every, *(EXITING if data in args.exits else ())]
+    every += EXITING if data in args.exits else ()
+    wanted = {"plain", *args.systems}
+    return [system for system in every if not args.systems or {system.name, system.base} <= wanted]
 
 
 @dataclass(slots=True)
@@ -122,14 +124,17 @@ class Seen:
     paths: Counter[str] = field(default_factory=Counter)
     left: int = 0
 
-    def row(self) -> dict[str, Any]:
-        """requests_per_s: median of the turns; spread: (p75 - p25) / p50 of them. hit_rate: of texts in the sequence
-        store, else of tokens whose tri-gram was stored. paths: share of the texts that took each; left: early."""
+    def row(self, base: Seen) -> dict[str, Any]:
+        """requests_per_s: median of the turns; spread: (p75 - p25) / p50 of them. to_base: median and quartiles of its
+        rate as a multiple of that of the base in the same round. hit_rate: of texts in the sequence store, else of
+        tokens whose tri-gram was stored. paths: share of the texts that took each; left: early."""
         p25, p50, p75 = (float(q) for q in np.percentile(self.rates, (25, 50, 75)))
+        ratios = np.percentile(np.array(self.rates) / np.array(base.rates), (50, 25, 75))
         total = max(1, self.paths.total())
         return {
             "requests_per_s": round(p50, 1),
             "spread": round((p75 - p25) / p50, 4),
+            "to_base": [round(float(ratio), 4) for ratio in ratios],
             "p50_ms": milliseconds(self.latencies, 50),
             "p99_ms": milliseconds(self.latencies, 99),
             "hit_rate": round(self.hits / self.asked, 4) if self.asked else 0.0,
@@ -199,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(f"no backbone at {args.backbone}; run `make serve` once, or give --backbone FOLDER")
     neighbours = Neighbours()
     rows = uvloop.run(_measure(args))
-    names = ("rounds", "requests", "threads", "store_mib", "own")
+    names = ("rounds", "requests", "threads", "store_mib", "own", "systems")
     result = {
         "benchmark": "skip",
         "machine": describe() | neighbours.report(),
@@ -219,6 +224,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--skip", nargs="+", default=[], metavar="NAME=FOLDER", help="in place of --backbone")
     parser.add_argument("--ngrams", nargs="+", default=[], metavar="NAME=FILE", help="tables of these")
     parser.add_argument("--exits", nargs="+", default=[], metavar="SET=FILE", help="classifiers with early exits")
+    parser.add_argument("--systems", nargs="+", default=[], metavar="NAME", help="measure these and plain; none: all")
     parser.add_argument("--sets", nargs="+", default=list(SETS))
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--warm", type=int, nargs="+", default=[1_000, 20_000], help="requests before zipf is measured")
@@ -343,9 +349,11 @@ async def _take_turns(
                 await served.turn(work, clients)
             await _check(every, work[: _CHECKED // args.rounds])
         shown = [served for served in every if served.seen.rates]
+        seen = {served.system.name: served.seen for served in shown}
         for served in shown:
             who = {"system": served.system.name, "base": served.system.base, "concurrency": clients}
-            rows.append(case | who | served.seen.row() | {"kept_mib": served.kept_mib()} | memory_mib())
+            measured = served.seen.row(seen[served.system.base])
+            rows.append(case | who | measured | {"kept_mib": served.kept_mib()} | memory_mib())
     return rows
 
 

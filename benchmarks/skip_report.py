@@ -20,8 +20,15 @@ def tables(
     """By name, as benchmarks/report.py has them; `where` says on which machine a result was measured."""
 
     def skip() -> str:
-        newest = {result["config"]["backbone"]: result for result in results("skip")}
-        return "\n\n".join(where(result) + _skip(result, markdown) for _, result in sorted(newest.items()))
+        """The newest of each backbone and choice of systems."""
+        newest: dict[tuple[str, ...], Mapping[str, Any]] = {}
+        for result in results("skip"):
+            config = result["config"]
+            newest[config["backbone"], *config.get("systems", ())] = result
+        return "\n\n".join(
+            f"**{backbone}**, {where(result)}{_skip(result, markdown)}"
+            for (backbone, *_), result in sorted(newest.items())
+        )
 
     return {
         "skip": skip,
@@ -40,7 +47,7 @@ def _skip(result: Mapping[str, Any], markdown: Markdown) -> str:
     body = []
     for case, by_way in cases.items():
         bases = {way: by_way[row.get("base", "plain")] for way, row in by_way.items()}
-        speeds = {way: row["requests_per_s"] / bases[way]["requests_per_s"] for way, row in by_way.items()}
+        speeds = {way: _speed(row, bases[way]) for way, row in by_way.items()}
         hits = {way: row.get("left") or row["hit_rate"] for way, row in by_way.items()}
         cells = [
             f"{speeds[way]:.2f}x" + (f" ({hits[way]:.2f})" if hits[way] else "") if way in speeds else "-"
@@ -49,6 +56,12 @@ def _skip(result: Mapping[str, Any], markdown: Markdown) -> str:
         body.append([*case, by_way["plain"]["requests_per_s"], *cells])
     ways = [f"{way}, to plain" if way == "classifier" else way for way in ways]
     return markdown(["set", "stream", "clients", "plain /s", *ways], body)
+
+
+def _speed(row: Row, base: Row) -> float:
+    """As a multiple of the base, round by round where that was recorded."""
+    ratio: float = row["to_base"][0] if "to_base" in row else row["requests_per_s"] / base["requests_per_s"]
+    return ratio
 
 
 def _look_up(result: Mapping[str, Any], where: Callable[[Mapping[str, Any]], str], markdown: Markdown) -> str:
