@@ -143,6 +143,8 @@ def _settings(args: argparse.Namespace, name: str, backbone: Backbone) -> dict[s
     about |= {"texts": [Path(file).name for file in args.texts], "entries": args.entries, "depths": args.depths}
     if args.own:
         about["own"] = args.own
+    if backbone.skip is not None:
+        about["steps"] = "as many for each path as alone"
     return about | {"system": name, "distilled": _distilled(backbone)}
 
 

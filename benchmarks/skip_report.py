@@ -101,28 +101,36 @@ def _distillation(found: Iterable[Mapping[str, Any]], markdown: Markdown) -> str
 
 
 def _quality(found: Iterable[Mapping[str, Any]], markdown: Markdown) -> str:
-    """By backbone, system and path: the metric of each set, mean of the seeds, and how far those that all systems
-    of a backbone have are from the teacher."""
-    cells: dict[tuple[str, str, str], dict[str, dict[int, float]]] = {}
-    budgets: dict[tuple[str, str], str] = {}
+    """By backbone, system, what it learnt from, steps and path: the metric of each set, mean of the seeds, and how far
+    they are from the teacher's on average."""
+    cells: dict[tuple[str, ...], dict[str, dict[int, float]]] = {}
     for result in found:
         config = result["config"]
-        budgets[config["backbone"], config["system"]] = _budget(config)
         for row in result["rows"]:
-            of_set = cells.setdefault((config["backbone"], row["system"], row["path"]), {})
-            of_set.setdefault(row["set"], {})[row["seed"]] = row["value"]
+            key: tuple[str, ...] = (config["backbone"], row["system"], _budget(config), _steps(config), row["path"])
+            cells.setdefault(key, {}).setdefault(row["set"], {})[row["seed"]] = row["value"]
     sets = sorted({name for of_set in cells.values() for name in of_set})
-    common: dict[str, set[str]] = {}
-    for (backbone, *_), of_set in cells.items():
-        common[backbone] = common.get(backbone, {*of_set}) & {*of_set}
     body = []
-    for (backbone, system, path), of_set in cells.items():
-        means = {name: 100 * fmean(values.values()) for name, values in of_set.items()}
-        teacher = {name: 100 * fmean(v.values()) for name, v in cells[backbone, "teacher", "plain"].items()}
-        both = [means[name] - teacher[name] for name in means if name in common[backbone]]
-        shown = [f"{means[name]:.1f}" if name in means else "-" for name in sets]
-        body.append([backbone, system, budgets[backbone, system], path, *shown, f"{fmean(both):+.1f}" if both else "-"])
-    return markdown(["backbone", "system", "tokens", "path", *sets, "to teacher"], body)
+    for key, of_set in cells.items():
+        teacher = cells[key[0], "teacher", "-", "-", "plain"]
+        # A student is compared seed by seed, on the seeds and sets that its teacher was measured with.
+        apart = [
+            100 * fmean(value - teacher[name][seed] for seed, value in values.items() if seed in teacher[name])
+            for name, values in of_set.items()
+            if {*values} & {*teacher.get(name, {})}
+        ]
+        shown = [f"{100 * fmean(of_set[name].values()):.1f}" if name in of_set else "-" for name in sets]
+        seeds = max(len(values) for values in of_set.values())
+        body.append([*key, seeds, *shown, f"{fmean(apart):+.1f} ({len(apart)})" if apart else "-"])
+    return markdown(["backbone", "system", "tokens", "steps", "path", "seeds", *sets, "to teacher (sets)"], body)
+
+
+def _steps(config: Mapping[str, Any]) -> str:
+    """Whether a tenant of several paths got as many steps for each as alone, or for all of them together."""
+    if "steps" in config:
+        return "each"
+    distilled = config["distilled"]
+    return "shared" if distilled is not None and distilled["kind"] != "full" else "-"
 
 
 def _budget(config: Mapping[str, Any]) -> str:
