@@ -39,7 +39,7 @@ from benchmarks.report import NotMeasured, output_flags, publish, results
 from training.batches import Dataset
 from training.build import build_model
 from training.config import TrainConfig, read_recipe
-from training.data import label_names, read_rows, tokenise
+from training.data import Row, label_names, read_rows, tokenise
 from training.evaluate import evaluate_with, main_metric, spearman
 from training.loop import FitSettings, fit
 from training.model import PaddedBatch, TenantModel
@@ -141,8 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _settings(args: argparse.Namespace, name: str, backbone: Backbone) -> dict[str, Any]:
     about = {"max_train_rows": args.max_train_rows, "epochs": args.epochs, "backbone": Path(args.teacher).name}
     about |= {"texts": [Path(file).name for file in args.texts], "entries": args.entries, "depths": args.depths}
-    if args.own:
-        about["own"] = args.own
+    about |= {name: getattr(args, name) for name in ("own", "max_test_rows") if getattr(args, name)}
     if backbone.skip is not None:
         about["steps"] = "as many for each path as alone"
     return about | {"system": name, "distilled": _distilled(backbone)}
@@ -173,6 +172,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--own", type=float, nargs="*", default=[], help="coverages of tables of the training texts")
     parser.add_argument("--top-layers", type=int, default=3, help="layers with a LoRA where there is no skip part")
     parser.add_argument("--max-train-rows", type=int, default=3000)
+    parser.add_argument("--max-test-rows", type=int, default=0, help="drawn at random, the same for all; 0: all")
     parser.add_argument("--epochs", type=int, default=3)
     return parser.parse_args(argv)
 
@@ -231,8 +231,8 @@ def _tenant(
     if task == "classify":  # a label that nobody could learn is left out
         known = {row.target for row in rows["train"]}
         rows = {part: [row for row in of_part if row.target in known] for part, of_part in rows.items()}
-    order = torch.randperm(len(rows["train"]), generator=torch.Generator().manual_seed(seed)).tolist()
-    rows["train"] = [rows["train"][i] for i in order[: args.max_train_rows]]
+    rows["train"] = _drawn(rows["train"], args.max_train_rows, seed)
+    rows["test"] = _drawn(rows["test"], args.max_test_rows or len(rows["test"]), 0)
     tokenizer = Tokenizer.load(backbone.folder, backbone.config)
     parts = {name: Dataset(tokenise(part, tokenizer, labels, config.max_length)) for name, part in rows.items()}
     model, metric = build_model(config, backbone, labels), main_metric(task, labels)
@@ -258,6 +258,11 @@ def _tenant(
             | {"dev": round(max(fitted.dev_metrics), 5)}
             | ({"coverage": forward.coverage} if isinstance(forward, Stored) else {})
         )
+
+
+def _drawn(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [rows[i] for i in order[:count]]
 
 
 def _config(
