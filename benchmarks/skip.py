@@ -61,6 +61,7 @@ SETS = ("banking77", "sst2", "ag_news")
 TOLERANCE = 1e-3  # of an L2-normalised embedding: two engines batch differently
 HALF_TOLERANCE = 2e-2  # where rows are stored as float16
 _CHECKED = 64
+_ONE_CLIENT = 4  # requests of a turn of one client
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,7 +230,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--warm", type=int, nargs="+", default=[1_000, 20_000], help="requests before zipf is measured")
     parser.add_argument("--own", type=int, default=1_000, help="requests before own domain is measured")
-    parser.add_argument("--requests", type=int, default=256, help="of a turn; a quarter of it with one client")
+    parser.add_argument("--requests", type=int, default=256, help="of a round; with one client a quarter")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--store-mib", type=int, default=256, help="of the sequence store, and of the n-gram cache")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -339,15 +340,18 @@ async def _take_turns(
     for clients in args.concurrency:
         for served in every:
             served.seen = Seen()
-        count = args.requests if clients > 1 else max(1, args.requests // 4)
-        for done in range(args.rounds):
+        count, rounds = args.requests, args.rounds
+        if clients == 1:  # short turns, so that the systems are compared in the same moment
+            count, rounds = _ONE_CLIENT, max(1, args.requests // (4 * _ONE_CLIENT)) * args.rounds
+        for done in range(rounds):
             work = list(itertools.islice(texts, count))
             if not work:
                 break
             first = done % len(every)
             for served in every[first:] + every[:first]:
                 await served.turn(work, clients)
-            await _check(every, work[: _CHECKED // args.rounds])
+            if done % (rounds // args.rounds) == 0:
+                await _check(every, work[: _CHECKED // args.rounds])
         shown = [served for served in every if served.seen.rates]
         seen = {served.system.name: served.seen for served in shown}
         for served in shown:
@@ -363,7 +367,7 @@ async def _check(every: Sequence[Served], work: Sequence[str]) -> None:
     answers = {served.system.name: _embeddings(await served.ask(work)) for served in alike}
     for served in alike:
         system = served.system
-        if system.same_as:
+        if system.same_as in answers:
             tolerance = HALF_TOLERANCE if system.ngrams else TOLERANCE
             worst = float(np.abs(answers[system.name] - answers[system.same_as]).max())
             if not worst <= tolerance:

@@ -28,7 +28,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--max-length", type=int, default=128, help="tokens of a text, longer ones are cut")
     build.add_argument("--max-keys", type=int, default=20_000_000, help="n-grams counted at once, 16 bytes each")
     build.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    _keep_flags(build, min_count=2)
+    _keep_flags(build, min_count=2, share="of all tri-grams in the text to cover")
 
     merge = commands.add_parser("merge", help="one table of several; of an n-gram in two, the first one's row")
     merge.set_defaults(run=_merge)
@@ -40,7 +40,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     prune.set_defaults(run=_prune)
     prune.add_argument("out", type=Path, metavar="FILE")
     prune.add_argument("table", type=Path, metavar="TABLE")
-    _keep_flags(prune, min_count=1)
+    _keep_flags(prune, min_count=1, share="of the table's tri-grams, as often as each was counted, to keep")
 
     stats = commands.add_parser("stats", help="what a table holds, and how much of some text it has")
     stats.set_defaults(run=_stats)
@@ -52,10 +52,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         add_json_flag(each)
 
 
-def _keep_flags(parser: argparse.ArgumentParser, *, min_count: int) -> None:
-    parser.add_argument("--coverage", type=float, default=1.0, help="share of all tri-grams in the text to cover")
+def _keep_flags(parser: argparse.ArgumentParser, *, min_count: int, share: str) -> None:
+    parser.add_argument("--coverage", type=float, default=1.0, help=f"share {share}")
     parser.add_argument("--min-count", type=int, default=min_count, help="keep n-grams seen this often; tokens always")
-    parser.add_argument("--max-bytes", type=int, help="size of the file")
+    parser.add_argument("--max-bytes", type=int, help="size of the file, but for its header")
     parser.add_argument("--dtype", choices=_DTYPES, help="of the rows; int8 is half as large")
 
 

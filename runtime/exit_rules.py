@@ -32,6 +32,11 @@ class ExitRules:
                 f"{served.key.tenant!r} has no exits to leave by; leave exit_threshold out, or train it with --exits",
                 param="exit_threshold",
             )
+        if asked < 1 and float(self._rules.value(served.key.tenant, "0")) >= 1:
+            raise BadRequest(
+                f"the operator lets no answer of {served.key.tenant!r} leave early; leave exit_threshold out",
+                param="exit_threshold",
+            )
         return float(asked)
 
 

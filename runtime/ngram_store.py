@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vbert.entry import Entry, Tokens
+from vbert.entry import Entry, Tokens, ngrams_of
 from vbert.ngram.cache import NgramCache
 from vbert.ngram.index import Keys, Rows, shortened
 from vbert.packing import SequenceInput
@@ -89,13 +89,15 @@ class Skipped:
 @dataclass(frozen=True, slots=True)
 class Routed:
     """paths: [B], what each sequence takes: one of its own. The rest is about candidates, those that may skip: which
-    they are, whether each shares the cache, their tokens, and for each token which source has its n-gram, in which row,
-    of how many tokens."""
+    they are, whether each shares the cache, their types, the n-grams around their tokens [T] and where each begins; and
+    for each token which source has its n-gram, in which row, of how many tokens."""
 
     paths: list[str]
     candidates: list[int]
     shares: list[bool]
-    tokens: Tokens
+    type_ids: list[Sequence[int]]
+    keys: Keys
+    cu_seqlens: NDArray[np.int64]
     sources: Sequence[_Source]
     source: NDArray[np.int8]
     row: Rows
@@ -137,15 +139,15 @@ class NgramStore:
         if not candidates:
             return None
         sources = self._all_sources(sequences, candidates)
-        tokens = Tokens.of(
-            [sequences[i].token_ids for i in candidates], [sequences[i].type_ids for i in candidates], self.config
-        )
-        total = len(tokens)
+        keys, cu_seqlens = ngrams_of([sequences[i].token_ids for i in candidates], self.config)
+        total = len(keys)
         routed = Routed(
             paths=["plain"] * len(sequences),
             candidates=candidates,
             shares=[sequences[i].scope == b"" for i in candidates],
-            tokens=tokens,
+            type_ids=[sequences[i].type_ids for i in candidates],
+            keys=keys,
+            cu_seqlens=cu_seqlens,
             sources=sources,
             source=np.full(total, -1, np.int8),
             row=np.full(total, -1, np.int64),
@@ -153,17 +155,18 @@ class NgramStore:
         )
         paths = [sequences[i].paths for i in candidates]
         self._look_up(routed, sequences, [("exact" in each) | ("backoff" in each) for each in paths], SLOTS)
-        absent = np.add.reduceat(routed.kept < SLOTS, tokens.cu_seqlens[:-1]) / np.diff(tokens.cu_seqlens)
-        may = (
-            absent <= self._most_shortened
-        )  # for others shorter n-grams are of no use, but that they have nothing else
-        backs_off = ["backoff" in each and (bool(few) or len(each) == 1) for each, few in zip(paths, may, strict=True)]
-        for length in (2, 1) if any(backs_off) else ():
-            self._look_up(routed, sequences, backs_off, length)
+        shortens = any("backoff" in each for each in paths)
+        if shortens:
+            absent = np.add.reduceat(routed.kept < SLOTS, cu_seqlens[:-1]) / np.diff(cu_seqlens)
+            may = (absent <= self._most_shortened).tolist()
+            # Shorter n-grams are of use where not too much is absent, or where a tenant has nothing else.
+            backs_off = ["backoff" in each and (few or len(each) == 1) for each, few in zip(paths, may, strict=True)]
+            for length in (2, 1) if any(backs_off) else ():
+                self._look_up(routed, sequences, backs_off, length)
         for n, i in enumerate(candidates):
-            here = slice(tokens.cu_seqlens[n], tokens.cu_seqlens[n + 1])
-            routed.paths[i] = self._path(sequences[i].paths, tokens.keys[here], routed.kept[here])
-            if routed.paths[i] != "backoff":  # shorter n-grams are of no use to it
+            here = slice(cu_seqlens[n], cu_seqlens[n + 1])
+            routed.paths[i] = self._path(sequences[i].paths, keys[here], routed.kept[here])
+            if shortens and routed.paths[i] != "backoff":  # shorter n-grams are of no use to it
                 whole = routed.kept[here] == SLOTS
                 routed.kept[here] *= whole
                 routed.source[here] = np.where(whole, routed.source[here], -1)
@@ -176,13 +179,13 @@ class NgramStore:
         chosen = np.array([routed.paths[i] != "plain" and i not in out for i in routed.candidates])
         if not chosen.any():
             return None
-        lengths = np.diff(routed.tokens.cu_seqlens)
+        lengths = np.diff(routed.cu_seqlens)
         mine = np.repeat(chosen, lengths)
-        tokens = Tokens(
-            keys=routed.tokens.keys[mine],
-            types=routed.tokens.types[mine],
-            positions=routed.tokens.positions[mine],
-            cu_seqlens=np.concatenate([[0], np.cumsum(lengths[chosen])]),
+        tokens = Tokens.at(
+            routed.keys[mine],
+            np.concatenate([[0], np.cumsum(lengths[chosen])]),
+            [types for types, taken in zip(routed.type_ids, chosen, strict=True) if taken],
+            self.config,
         )
         source, row, kept = routed.source[mine], routed.row[mine], routed.kept[mine]
         paths = [routed.paths[i] for i, taken in zip(routed.candidates, chosen, strict=True) if taken]
@@ -200,16 +203,18 @@ class NgramStore:
             if (here := source == number).any() and rows is not None:
                 each.add_views(np.where(here, row, -1), tokens.cu_seqlens, rows)
         to_compute = computes & (source < 0)
-        missing, inverse = np.unique(keys[to_compute], return_inverse=True)
-        which = np.full(len(tokens), -1, np.int64)
-        which[to_compute] = inverse
-        may_keep = np.zeros(len(missing), np.bool_)
+        missing, may_keep, which = keys[:0], np.zeros(0, np.bool_), np.full(len(tokens), -1, np.int64)
+        if to_compute.any():
+            missing, which[to_compute] = np.unique(keys[to_compute], return_inverse=True)
+            may_keep = np.zeros(len(missing), np.bool_)
         if self._cache is not None:
-            may_keep[inverse[stores[to_compute]]] = True
-            self._want(keys[shares & ~computes & (kept < SLOTS)])
-            beside = np.setdiff1d(self.wanted(len(tokens) // _TOKENS_PER_WANTED), missing)
-            missing = np.concatenate([missing, beside])
-            may_keep = np.concatenate([may_keep, np.ones(len(beside), np.bool_)])
+            may_keep[which[stores & to_compute]] = True
+            if not computes.all():
+                self._want(keys[shares & ~computes & (kept < SLOTS)])
+            if len(beside := self.wanted(len(tokens) // _TOKENS_PER_WANTED)):
+                beside = np.setdiff1d(beside, missing)
+                missing = np.concatenate([missing, beside])
+                may_keep = np.concatenate([may_keep, np.ones(len(beside), np.bool_)])
         self._count(kept, computes, len(missing))
         return Skipped(
             [i for i, taken in zip(routed.candidates, chosen, strict=True) if taken],
@@ -272,12 +277,12 @@ class NgramStore:
                 continue
             left = np.flatnonzero(routed.kept == 0)
             if any(each != ask for each in asking):
-                mine = np.repeat([each == ask for each in asking], np.diff(routed.tokens.cu_seqlens))
+                mine = np.repeat([each == ask for each in asking], np.diff(routed.cu_seqlens))
                 left = left[mine[left]]
             for source in self._sources_of(*ask):
                 if not len(left):
                     break
-                keys = routed.tokens.keys[left]
+                keys = routed.keys[left]
                 rows = source.find(keys if length == SLOTS else shortened(keys, length))
                 there = rows >= 0
                 hit = left[there]

@@ -112,6 +112,8 @@ class TrainConfig:
             raise ConfigError(f"teacher_states is {self.teacher_states}; states count from 0", param="teacher_states")
         if self.teacher and self.state_epochs >= self.epochs:
             raise ConfigError(f"state_epochs is {self.state_epochs} of {self.epochs} epochs; give fewer")
+        if self.teacher and self.state_epochs and self.method == "head":
+            raise ConfigError("a head alone learns no hidden states; leave state_epochs out", param="state_epochs")
         for name in ("lora_dropout", "head_dropout", "label_smoothing", "dev_share", "backoff_share"):
             if getattr(self, name) >= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give a share below 1")

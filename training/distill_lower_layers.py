@@ -74,7 +74,8 @@ def run(config: DistillConfig, *, progress: Progress = silent) -> DistillReport:
     run = _Run(config, student, loss, device, progress)
     before = run.measure(measured)
     state = run.train(learnt, before)
-    _extend_positions(student, config.max_length)
+    if config.objective == "distil":  # else the positions are those of a finished student
+        _extend_positions(student, config.max_length)
     fingerprint = (
         ""
         if config.kind == "window"
@@ -237,7 +238,7 @@ class _Run:
     def measure(self, parts: list[Texts]) -> tuple[dict[str, float], dict[str, float]]:
         """Each part of the loss on held-out texts: whole n-grams, shortened n-grams."""
         self.student.eval()
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(0)
             return self._measured(parts, 0.0), self._measured(parts, self.config.backoff_share)
 

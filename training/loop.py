@@ -62,8 +62,8 @@ def fit(
 ) -> FitReport:
     """Train in place; the model is left in the state of the epoch with the highest dev metric (the first of equals).
 
-    A model of several paths takes one of them at random in each step, and as many passes over the rows in each epoch as
-    it has paths: each path gets the steps that it would get alone.
+    A model of several paths takes them in random order, and as many passes over the rows in each epoch as it has paths:
+    each path gets the steps that it would get alone.
 
     The same model state, data and settings give the same result on the same machine and thread count: order and
     dropout come from `settings.seed`, and the caller's random state is left as it was.
@@ -81,10 +81,10 @@ def fit(
             model.train()
             total = 0.0
             batches = [each for _ in range(passes) for each in train.shuffled(settings.batch_size, generator)]
-            for batch_idx, indices in enumerate(batches):
-                path = model.paths[0]
-                if len(model.paths) > 1:
-                    path = model.paths[int(torch.randint(len(model.paths), (), generator=generator))]
+            turns = [path for path in model.paths for _ in range(len(batches) // passes)]
+            if passes > 1:
+                turns = [turns[i] for i in torch.randperm(len(turns), generator=generator).tolist()]
+            for batch_idx, (indices, path) in enumerate(zip(batches, turns, strict=True)):
                 loss = _loss_of_step(model, train, indices, path, settings, taught, epoch)
                 total += _step(model, loss, optimizer, schedule, settings) * len(indices)
                 done = epoch * (num_steps // settings.epochs) + batch_idx + 1

@@ -105,10 +105,13 @@ class TenantModel(nn.Module):
             batch = self.frozen_rows(batch)
         assert batch.rows is not None
         heads = dict(zip((*self.exit_layers, self.config.num_layers), (*self.exits, self.head), strict=True))
+        lowest = min((delta.layer for delta in self.trainables), default=self.config.num_layers)
         first, hidden = max(self.lowest_layer, 0), batch.rows
         found, states = [heads[first](hidden, batch.mask)] if first in heads else [], {}
         for layer in range(first, self.config.num_layers):
-            hidden = states[layer + 1] = self._layers(hidden, batch.mask, layer, layer + 1)
+            hidden = self._layers(hidden, batch.mask, layer, layer + 1)
+            if layer >= lowest:
+                states[layer + 1] = hidden
             if layer + 1 in heads:
                 found.append(heads[layer + 1](hidden, batch.mask))
         return found, states

@@ -48,6 +48,18 @@ class TaskTeacher(nn.Module):
             )
         if plain.skip is not None and not plain.skip.config.first_layer:
             raise ConfigError(f"{plain.folder} has no plain way; give teacher_backbone", param="teacher_backbone")
+        size, theirs = backbone.config, plain.config
+        if (size.vocab_size, size.hidden_size) != (theirs.vocab_size, theirs.hidden_size):
+            raise ConfigError(
+                f"the teacher's backbone has {theirs.vocab_size} tokens and width {theirs.hidden_size}, the student's "
+                f"{size.vocab_size} and {size.hidden_size}; take one of the same tokenizer and width",
+                param="teacher_backbone",
+            )
+        if theirs.max_length < min(config.max_length, size.max_length):
+            raise ConfigError(
+                f"the teacher reads up to {theirs.max_length} tokens; give max_length {theirs.max_length} or less",
+                param="max_length",
+            )
         head, kind = module.head, "token_classify" if config.task == "token_classify" else "classify"
         if head.kind != kind or head.problem != ("regression" if config.task == "regression" else "single_label"):
             raise ConfigError(f"the teacher is for {head.kind}, {head.problem}, not {config.task}", param="teacher")

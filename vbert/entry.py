@@ -13,7 +13,21 @@ from torch import Tensor
 from vbert.ngram.index import Keys, Rows, ngram_keys, shortened
 from vbert.skip import SLOTS, SkipConfig
 
-__all__ = ["Entry", "Tokens"]
+__all__ = ["Entry", "Tokens", "ngrams_of"]
+
+
+def ngrams_of(token_ids: Sequence[Sequence[int]], config: SkipConfig) -> tuple[Keys, NDArray[np.int64]]:
+    """The n-gram around each token of sequences one after the other, [T], and where each begins, [B + 1]."""
+    cu_seqlens = np.zeros(len(token_ids) + 1, np.int64)
+    np.cumsum([len(ids) for ids in token_ids], out=cu_seqlens[1:])
+    keys = ngram_keys(_joined(token_ids), cu_seqlens)
+    return keys if config.window == SLOTS else shortened(keys, 1), cu_seqlens
+
+
+def _joined(parts: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+    if len(parts) == 1:
+        return np.asarray(parts[0], np.int64)
+    return np.concatenate([np.empty(0, np.int64), *(np.asarray(part, np.int64) for part in parts)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,17 +42,18 @@ class Tokens:
 
     @classmethod
     def of(cls, token_ids: Sequence[Sequence[int]], type_ids: Sequence[Sequence[int]], config: SkipConfig) -> Tokens:
-        lengths = np.array([len(ids) for ids in token_ids], np.int64)
-        cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        ids, types = (
-            np.concatenate([np.empty(0, np.int64), *(np.asarray(part, np.int64) for part in parts)])
-            for parts in (token_ids, type_ids)
-        )
-        keys = ngram_keys(ids, cu_seqlens)
+        keys, cu_seqlens = ngrams_of(token_ids, config)
+        return cls.at(keys, cu_seqlens, type_ids, config)
+
+    @classmethod
+    def at(
+        cls, keys: Keys, cu_seqlens: NDArray[np.int64], type_ids: Sequence[Sequence[int]], config: SkipConfig
+    ) -> Tokens:
+        """Where the n-grams are known."""
         return cls(
-            keys=keys if config.window == SLOTS else shortened(keys, 1),
-            types=np.minimum(types, config.type_vocab_size - 1),
-            positions=np.arange(len(ids)) - np.repeat(cu_seqlens[:-1], lengths),
+            keys=keys,
+            types=np.minimum(_joined(type_ids), config.type_vocab_size - 1),
+            positions=np.arange(len(keys)) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens)),
             cu_seqlens=cu_seqlens,
         )
 

@@ -154,7 +154,8 @@ class PackedBatch:
         rows = self.rows.num_tokens
         lengths = np.diff(self.rows.cu_seqlens).tolist()
         gone = [(exits[i], length) for i, length in zip(self.order, lengths, strict=True) if exits and exits[i]]
-        saved = sum((num_layers - layer) * length for layer, length in gone)
+        joined = 0 if self.junction is None else self.junction.layer  # who left below it came up to it all the same
+        saved = sum((num_layers - max(layer, joined)) * length for layer, length in gone)
         if self.junction is not None:
             layer = self.junction.layer
             lower = 0 if self.junction.lower is None else len(self.junction.lower.rows.token_ids)

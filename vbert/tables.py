@@ -87,6 +87,12 @@ def merge_tables(
                 f"{other.path} was made by backbone {other.fingerprint[:23]}, {first.path} by "
                 f"{first.fingerprint[:23]}; merge tables of one backbone"
             )
+        ours, theirs = (table.about.get("encoder", table.fingerprint) for table in (first, other))
+        if ours != theirs:
+            raise ConfigError(
+                f"the rows of {other.path} were encoded by {theirs[:23]}, those of {first.path} by {ours[:23]}: local "
+                "layers adapted to a domain; serve them as tables of their own, DOMAIN=FILE"
+            )
     every = np.concatenate([table.keys for table in tables])
     source = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
     row = np.concatenate([np.arange(len(table)) for table in tables])

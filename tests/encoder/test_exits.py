@@ -103,6 +103,10 @@ def test_lower_layers_that_others_share_change_nothing(exiting, threshold):
     want = [exiting.expected(sequence) for sequence in sequences]
     assert list(exits) == [layer for _, layer in want]
     assert_close(answers, [answer for answer, _ in want], 1e-4)
+    batch = exiting.bench.model.pack_joined(sequences, ways)
+    lengths = [len(s.token_ids) for s in sequences]
+    rows = sum(n * max(layer or 4, LAYER) for n, layer in zip(lengths, exits, strict=True))  # all come to the junction
+    assert batch.work(4, exits=exits) == pytest.approx(rows / (4 * sum(lengths)))
 
 
 def test_sequences_that_share_their_lower_layers_leave_each_by_their_own_exits(exiting):

@@ -167,6 +167,19 @@ def test_what_fails_leaves_the_file_of_that_name_and_nothing_else(tmp_path, keys
     assert sorted(p.name for p in tmp_path.iterdir()) == [".t.lock", "t"]
 
 
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o600])
+def test_a_table_has_the_permissions_of_other_files(tmp_path, keys, mode):
+    """A server may run as another user than the one who builds."""
+    before = os.umask(0o666 & ~mode)
+    try:
+        write(tmp_path / "t", keys)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "t").stat().st_mode & 0o777 == mode
+    write(tmp_path / "t", keys)
+    assert (tmp_path / "t").stat().st_mode & 0o777 == mode
+
+
 def test_a_full_disk_leaves_the_old_file(tmp_path, keys):
     """A limit of this process plays the disk."""
     import resource

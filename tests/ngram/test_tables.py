@@ -95,6 +95,16 @@ def test_tables_of_two_backbones_are_not_merged(made: Made, tmp_path: Path) -> N
         merge_tables(tmp_path / "both", [made.table("t", list(TEXTS)), other])
 
 
+def test_rows_of_layers_adapted_to_a_domain_are_not_hidden_in_a_general_table(made: Made, tmp_path: Path) -> None:
+    general = made.table("t", list(TEXTS))
+    made.local.fingerprint = "sha256:adapted"
+    adapted = made.table("finance", list(TEXTS))
+    with pytest.raises(ConfigError, match="adapted to a domain"):
+        merge_tables(tmp_path / "both", [general, adapted])
+    assert not (tmp_path / "both").exists()
+    assert merge_tables(tmp_path / "both", [adapted, adapted]) == len(adapted)
+
+
 def test_pruning_keeps_the_most_frequent(made: Made, tmp_path: Path) -> None:
     table = made.table("t", [*TEXTS, *TEXTS[:2], *TEXTS[:1]])
     assert prune_table(tmp_path / "pruned", table, min_count=2) < len(table)

@@ -123,6 +123,18 @@ def test_keys_leave_the_index_without_losing_others() -> None:
     assert found[1::2].tolist() == list(range(1, 400, 2))
 
 
+def test_nobody_knows_which_n_grams_share_a_place() -> None:
+    """Tenants choose token ids: n-grams that collide in one cache do not in another."""
+    keys = keys_of(list(range(200)))
+    places = []
+    for _ in range(2):
+        cache = NgramCache(2**20, 4)
+        cache.insert(keys, torch.zeros(200, 3, 4))
+        places.append(np.flatnonzero(cache._index[:, 0]).tolist())
+        assert (cache.find(keys) >= 0).all()
+    assert places[0] != places[1]
+
+
 @pytest.mark.parametrize("slot", [0, 21, 42])
 def test_n_grams_that_differ_in_one_token_are_not_taken_for_each_other(slot: int) -> None:
     cache = NgramCache(2**20, 4)

@@ -159,6 +159,9 @@ def test_local_layers_are_adapted_to_a_domain(config, texts, tmp_path):
     for name in ("merge.norm.weight", "merge.position_embeddings"):
         assert torch.equal(backbone.skip.weights[name], old.skip.weights[name])
     assert not torch.equal(backbone.skip.weights["layers.0.q.weight"], old.skip.weights["layers.0.q.weight"])
+    shorter = {"max_length": config.max_length // 2, "out": str(tmp_path / "short"), "tokens": 500}
+    short = read_backbone(distill.run(replace(config, **settings | shorter)).path)
+    assert torch.equal(short.skip.weights["merge.position_embeddings"], old.skip.weights["merge.position_embeddings"])
 
 
 def test_what_was_written_computes_what_was_trained(config):

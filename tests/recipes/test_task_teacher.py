@@ -1,6 +1,7 @@
 """A tenant that learns from another one: the task stage of a distillation."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,12 @@ import torch
 from tests.ngram.test_local_layers import random_student
 from tests.recipes.conftest import rows_of, write_rows
 from tests.tiny import tiny_backbone
+from training import loop
+from training.build import build_model
 from training.config import TrainConfig
 from training.distill_losses import relative_error
 from training.export_skip import write_folder
+from training.model import PaddedBatch
 from training.skip_student import Batch
 from training.task_teacher import TaskLoss, TaskTeacher
 from training.train_peft import run
@@ -84,6 +88,17 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(taught):
     torch.testing.assert_close(first, distance)
 
 
+def test_only_states_that_something_trains_are_compared(tmp_path):
+    backbone = read_backbone(tiny_backbone("bert", tmp_path, num_layers=4))
+    config = TrainConfig(backbone=str(tmp_path), out="none", top_layers=1, exits=(1,))
+    model = build_model(config, backbone, ("money", "place"))
+    ids = torch.tensor([[5, 9, 6]])
+    outputs, states = model.traced(PaddedBatch(mask=ids > 0, token_ids=ids, type_ids=ids * 0))
+    assert len(outputs) == 2
+    assert {*states} == {4}
+    assert states[4].requires_grad
+
+
 @pytest.mark.parametrize("plain_way", [True, False])
 def test_a_tenant_that_skips_learns_from_one_that_does_not(tmp_path, plain_way):
     """On one backbone with both ways, or on two; the student's layers are compared with some of the teacher's."""
@@ -118,11 +133,17 @@ def test_a_tenant_that_skips_learns_from_one_that_does_not(tmp_path, plain_way):
         torch.testing.assert_close(test.expected, want, rtol=0, atol=1e-4)
 
 
-def test_each_path_gets_the_steps_that_it_would_get_alone(tmp_path):
+def test_each_path_gets_the_steps_that_it_would_get_alone(tmp_path, monkeypatch):
     source = read_backbone(tiny_backbone("bert", tmp_path / "plain", num_layers=3, positions=66))
     write_folder(tmp_path / "skip", random_student(source), source, plain_way=True, name="tiny-skip")
     rows = write_rows(tmp_path / "rows.jsonl", rows_of("classify"))
-    steps = []
+    steps, taken, loss_of_step = [], Counter(), loop._loss_of_step
+
+    def counted(model, train, indices, path, *others):
+        taken[path] += 1
+        return loss_of_step(model, train, indices, path, *others)
+
+    monkeypatch.setattr(loop, "_loss_of_step", counted)
     for paths in (("exact",), ("plain", "exact", "backoff")):
         told = []
         config = TrainConfig(
@@ -140,12 +161,14 @@ def test_each_path_gets_the_steps_that_it_would_get_alone(tmp_path):
         steps.append(len(training))
         assert [done for done, _ in training] == list(range(1, training[0][1] + 1))
     assert steps[1] == 3 * steps[0]
+    assert taken == Counter(dict.fromkeys(("plain", "exact", "backoff"), steps[0])) + Counter(exact=steps[0])
 
 
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
         ({"state_epochs": 2}, "give fewer"),
+        ({"method": "head", "state_epochs": 1}, "a head alone"),
         ({"teacher_share": 1.5}, "from 0 to 1"),
         ({"teacher_states": (1,)}, "give 2 states"),
         ({"teacher_states": (1, 9)}, "up to 2"),
@@ -163,6 +186,8 @@ def test_a_teacher_of_another_kind_is_refused(taught, make_config, tmp_path):
     with pytest.raises(ConfigError, match="adapters between layers"):
         run(taught(teacher=str(adapter)))
     other = tiny_backbone("bert", tmp_path / "other", hidden=48)
+    with pytest.raises(ConfigError, match="and width 32, the student's"):
+        run(taught(backbone=str(other), teacher_backbone=taught().backbone))
     with pytest.raises(ConfigError, match="is no tenant of"):
         run(taught(backbone=str(other)))
     rows = [row | {"label": f"{row['label']}!"} for row in rows_of("classify")]

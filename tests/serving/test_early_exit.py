@@ -49,14 +49,15 @@ async def test_the_file_the_operator_and_the_request_say_how_sure(serving, dense
         told = await engine.classify("never.b", TEXTS)
         np.testing.assert_allclose(told.probabilities, late, **CLOSE)
         assert told.exits == (None,) * len(TEXTS)
-        asked = await engine.classify("never.b", TEXTS, exit_threshold=0.0)
-        assert asked.exits == own.exits
+        with pytest.raises(BadRequest, match="the operator lets no answer"):
+            await engine.classify("never.b", TEXTS, exit_threshold=0.0)
+        assert (await engine.classify("never.b", TEXTS, exit_threshold=1)).exits == told.exits
         middle = float(np.median(early.max(1)))
         some = await engine.classify("acme.a", TEXTS, exit_threshold=middle)
         leaves = early.max(1) > middle
         assert some.exits == tuple(1 if left else None for left in leaves)
         np.testing.assert_allclose(some.probabilities, np.where(leaves[:, None], early, late), **CLOSE)
-        assert engine.snapshot().exits == {1: 2 * len(TEXTS) + int(leaves.sum())}
+        assert engine.snapshot().exits == {1: len(TEXTS) + int(leaves.sum())}
 
 
 async def test_tenants_with_and_without_exits_share_batches(serving, factory, dense, leaving):

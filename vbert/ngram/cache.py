@@ -6,6 +6,8 @@ when it was not looked up since the hand of a clock came by. Source of the evict
 
 from __future__ import annotations
 
+import secrets
+
 import numba
 import numpy as np
 import torch
@@ -36,6 +38,9 @@ class NgramCache:
         self._index = np.zeros((places_for(capacity), 2), np.uint64)
         self._seen = np.zeros(1 << (_SEEN_PER_ROW * capacity - 1).bit_length(), np.uint32)
         self._hand, self._filled = 0, 0
+        # Tenants may send any token ids: nobody is to know which n-grams share a place. The highest bit, which no key
+        # has, keeps what is stored from being 0, a free place.
+        self._salt = np.uint64(secrets.randbits(63) | 1 << 63)
 
     def __len__(self) -> int:
         return self._filled
@@ -48,7 +53,7 @@ class NgramCache:
 
     def find(self, keys: Keys) -> Rows:
         """[n] rows, -1 where there is none. What is found stays longer."""
-        rows = find_rows(keys, self._index)
+        rows = find_rows(keys ^ self._salt, self._index)
         self._used[rows[rows >= 0]] = 1
         return rows
 
@@ -59,7 +64,7 @@ class NgramCache:
     def worth_keeping(self, keys: Keys) -> NDArray[np.bool_]:
         """[n] which distinct n-grams were seen before, as far as one can remember. They count as seen now."""
         again = np.empty(len(keys), np.bool_)
-        _see(keys, self._seen, again)
+        _see(keys ^ self._salt, self._seen, again)
         return again
 
     def insert(self, keys: Keys, rows: Tensor) -> tuple[int, int]:
@@ -67,6 +72,7 @@ class NgramCache:
         ShapeError."""
         if rows.shape != (len(keys), *self._rows.shape[1:]):
             raise ShapeError(f"rows {list(rows.shape)} do not fit {len(keys)} n-grams of {list(self._rows.shape[1:])}")
+        keys = keys ^ self._salt
         new = np.flatnonzero(find_rows(keys, self._index) < 0)[: len(self._keys)]
         fits = torch.isfinite(rows[new].half()).flatten(1).all(1).numpy() if len(new) else np.zeros(0, bool)
         new = new[fits]
@@ -79,7 +85,7 @@ class NgramCache:
 
     def discard(self, keys: Keys) -> None:
         """Forget these n-grams, where they are: something may be wrong with their rows."""
-        distinct = np.unique(keys)
+        distinct = np.unique(keys ^ self._salt)
         rows = find_rows(distinct, self._index)
         _remove(distinct[rows >= 0], self._index)
         self._keys[rows[rows >= 0]] = 0  # the hand gives these rows to others when it comes by

@@ -197,6 +197,7 @@ class TableWriter:
                 raise ShapeError(f"{self._missing} rows of {self._path} are missing")
             self._file.write(self._scales.data)
             self._file.flush()
+            os.fchmod(self._file.fileno(), _mode_of(self._path))
             os.fsync(self._file.fileno())
             os.rename(self._part, self._path)
 
@@ -220,6 +221,16 @@ class TableWriter:
         self._file.write(len(text).to_bytes(8, "little") + text)
         self._file.write(self._index.data)
         self._file.write(self._counts.data)
+
+
+def _mode_of(path: Path) -> int:
+    """Permissions of a file that is written anew: those it has, else what the process gives new files."""
+    try:
+        return path.stat().st_mode & 0o777
+    except FileNotFoundError:
+        umask = os.umask(0o077)
+        os.umask(umask)
+        return 0o666 & ~umask
 
 
 def _parse(memory: mmap.mmap, size: int, path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
