@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.ngram.test_local_layers import random_student
+from tests.random_tenants import Factory
 from tests.serving.helpers import add, softmax
 from tests.serving.skip_world import World
 from tests.tiny import TEXTS
@@ -20,6 +21,7 @@ from vbert.ngram.index import shortened
 from vbert.ngram.table import NgramTable
 from vbert.reference import dense_forward
 from vbert.tenant import SelfTest
+from vbert.tokenizer import Tokenizer
 
 CLOSE = {"rtol": 0, "atol": 1e-3}  # rows of tables are float16
 
@@ -52,6 +54,28 @@ async def test_paths_of_a_batch_do_not_mix(world, on_skip):
         for text, path, answer in zip(TEXTS, ways, answers, strict=False):
             wanted = world.expected(module, text, "exact" if path == "compute" else path)
             np.testing.assert_allclose(answer.probabilities[0], wanted, **CLOSE)
+
+
+async def test_two_backbones_in_one_process_serve_each_their_own_tenants(world, on_skip, serving, tmp_path):
+    """Where the folder has no plain way, its teacher is another backbone."""
+    plain = read_backbone(world.backbone.folder.parent / "plain")
+    theirs = Factory(plain, seed=5).tenant("lora_all", head="classify")
+    ours = world.tenant(1)
+    table, store = world.table(world.keys(TEXTS)), str(tmp_path / "plain-store")
+    async with on_skip(ngrams=(table,)) as skips, serving(backbone=str(plain.folder), store=store) as every_layer:
+        await add(skips, "t", ours)
+        await add(every_layer, "t", theirs)
+        asked = [engine.classify("t", [text]) for text in TEXTS for engine in (skips, every_layer)]
+        answers = await asyncio.gather(*asked)
+        tokenizer = Tokenizer.load(plain.folder, plain.config)
+        for text, skipped, full in zip(TEXTS, answers[::2], answers[1::2], strict=True):
+            assert (skipped.paths, full.paths) == (("exact",), ("plain",))
+            np.testing.assert_allclose(skipped.probabilities[0], world.expected(ours, text, "exact"), **CLOSE)
+            (e,) = tokenizer.encode([text], offsets=False)
+            wanted = softmax(dense_forward(plain, theirs, e.token_ids, e.type_ids).numpy())
+            np.testing.assert_allclose(full.probabilities[0], wanted, **CLOSE)
+        with pytest.raises(WrongBackbone):
+            await add(every_layer, "other", world.tenant(2, "exact"))
 
 
 async def test_backoff_takes_the_longest_n_gram_that_is_stored(world, on_skip):
