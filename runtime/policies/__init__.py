@@ -1,0 +1,1 @@
+"""Pure scheduling policies: no asyncio, no torch, no clock of their own."""
