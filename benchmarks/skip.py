@@ -58,6 +58,7 @@ from vbert.tokenizer import Tokenizer
 __all__ = ["main"]
 
 SETS = ("banking77", "sst2", "ag_news")
+STREAMS = ("unseen", "own domain", "zipf")
 TOLERANCE = 1e-3  # of an L2-normalised embedding: two engines batch differently
 HALF_TOLERANCE = 2e-2  # where rows are stored as float16
 _CHECKED = 64
@@ -205,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(f"no backbone at {args.backbone}; run `make serve` once, or give --backbone FOLDER")
     neighbours = Neighbours()
     rows = uvloop.run(_measure(args))
-    names = ("rounds", "requests", "threads", "store_mib", "own", "systems")
+    names = ("rounds", "requests", "threads", "store_mib", "own", "systems", "streams")
     result = {
         "benchmark": "skip",
         "machine": describe() | neighbours.report(),
@@ -226,6 +227,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ngrams", nargs="+", default=[], metavar="NAME=FILE", help="tables of these")
     parser.add_argument("--exits", nargs="+", default=[], metavar="SET=FILE", help="classifiers with early exits")
     parser.add_argument("--systems", nargs="+", default=[], metavar="NAME", help="measure these and plain; none: all")
+    parser.add_argument("--streams", nargs="+", default=list(STREAMS), choices=STREAMS)
     parser.add_argument("--sets", nargs="+", default=list(SETS))
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--warm", type=int, nargs="+", default=[1_000, 20_000], help="requests before zipf is measured")
@@ -250,29 +252,23 @@ def _named(option: str, items: Sequence[str]) -> dict[str, Path]:
 async def _measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("skip", total=len(args.sets) * (2 + len(args.warm)))
-        for name in args.sets:
+        task = bar.add_task("skip", total=len(args.sets) * len(args.streams))
+        for name, stream in itertools.product(args.sets, args.streams):
+            bar.update(task, description=f"{name}: {stream}")
             train, test = (_texts(args.data / name / f"{part}.jsonl.gz") for part in ("train", "test"))
-            zipf = _zipf(test, np.random.default_rng(0))
-            for stream, before in (("unseen", []), ("own domain", train)):
-                bar.update(task, description=f"{name}: {stream}")
-                async with _serving(args, name, before) as every:
-                    for served in every:
-                        if served.system.keeps:
-                            await served.send(iter(before[: args.own]))
-                    rows += await _take_turns(every, args, iter(test), {"set": name, "stream": stream})
-                bar.advance(task)
-            async with _serving(args, name, []) as every:
+            own = train if stream == "own domain" else []
+            texts = _zipf(test, np.random.default_rng(0)) if stream == "zipf" else iter(test)
+            async with _serving(args, name, own) as every:
                 sent = 0
-                for warm in args.warm:
-                    bar.update(task, description=f"{name}: zipf after {warm}")
-                    texts = list(itertools.islice(zipf, max(0, warm - sent)))
+                for warm in args.warm if stream == "zipf" else [0]:
+                    before = list(itertools.islice(texts, max(0, warm - sent))) if warm else own[: args.own]
                     for served in every:
                         if served.system.keeps:
-                            await served.send(iter(texts))
-                    rows += await _take_turns(every, args, zipf, {"set": name, "stream": f"zipf after {warm}"})
+                            await served.send(iter(before))
+                    case = {"set": name, "stream": f"zipf after {warm}" if warm else stream}
+                    rows += await _take_turns(every, args, texts, case)
                     sent = warm
-                    bar.advance(task)
+            bar.advance(task)
     return rows
 
 

@@ -24,7 +24,7 @@ def tables(
         newest: dict[tuple[str, ...], Mapping[str, Any]] = {}
         for result in results("skip"):
             config = result["config"]
-            newest[config["backbone"], *config.get("systems", ())] = result
+            newest[config["backbone"], *config.get("systems", ()), *config.get("streams", ())] = result
         return "\n\n".join(
             f"**{backbone}**, {where(result)}{_skip(result, markdown)}"
             for (backbone, *_), result in sorted(newest.items())
