@@ -1,0 +1,135 @@
+"""Which job goes to which instance next, where an instance holds the whole weights of one kind at a time.
+
+An instance that is given a job of another kind than its last one loads that kind's weights first (a *switch*). A policy
+is asked whenever a job arrives or an instance becomes idle, and every `tick_s` if it has one.
+
+Source: FastPTM (Parallel Computing 122, 2024, 103114), online multi-list scheduling, and its baseline, which hands
+jobs out in turn as they arrive; the guard is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+__all__ = ["FirstComeFirstServed", "Instance", "InstancePolicy", "InstanceView", "Job", "MultiList", "RoundRobin"]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """number: in the order of arrival, from 0. items: inputs of it."""
+
+    number: int
+    kind: str
+    arrived_s: float
+    items: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """kind: of the weights it holds, None before the first."""
+
+    kind: str | None
+    idle: bool
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceView:
+    """waiting: jobs by kind, in the order of arrival; kinds in an order that never changes."""
+
+    now_s: float
+    waiting: Mapping[str, Sequence[Job]]
+    instances: Sequence[Instance]
+
+    @property
+    def idle(self) -> list[int]:
+        return [i for i, instance in enumerate(self.instances) if instance.idle]
+
+
+class InstancePolicy(Protocol):
+    tick_s: float | None
+
+    def assign(self, view: InstanceView) -> list[tuple[Job, int]]:
+        """Waiting jobs, each to an idle instance, at most one to each."""
+
+
+@dataclass(frozen=True, slots=True)
+class FirstComeFirstServed:
+    """One queue: whoever is idle takes the job that waits longest."""
+
+    tick_s: float | None = None
+
+    def assign(self, view: InstanceView) -> list[tuple[Job, int]]:
+        jobs = sorted((job for queue in view.waiting.values() for job in queue), key=lambda job: job.number)
+        return list(zip(jobs, view.idle, strict=False))
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRobin:
+    """A queue for each instance, joined in turn, though another instance be idle: what FastPTM calls FCFS."""
+
+    tick_s: float | None = None
+
+    def assign(self, view: InstanceView) -> list[tuple[Job, int]]:
+        count, given = len(view.instances), []
+        for i in view.idle:
+            mine = (job for queue in view.waiting.values() for job in queue if job.number % count == i)
+            if (job := min(mine, key=lambda job: job.number, default=None)) is not None:
+                given.append((job, i))
+        return given
+
+
+@dataclass(slots=True)
+class MultiList:
+    """OMLS. A job for each kind that no instance holds is a candidate; one whose slack is negative is given to the
+    first idle instance at once, else each takes the next job of the kind it holds, or the first candidate.
+
+    slack = deadline - waited - items * predicted - load - margin. New candidates are looked for when there are none.
+
+    guard: who cannot meet the deadline any more is not urgent. Without it, under overload, every job becomes urgent in
+    its turn, and nearly every one costs a switch.
+    """
+
+    deadline_s: float = 3.0
+    predicted_s: float = 0.008
+    load_s: float = 0.15
+    margin_s: float = 0.8
+    guard: bool = False
+    tick_s: float | None = 0.01
+    _candidates: list[Job] = field(default_factory=list)
+
+    def assign(self, view: InstanceView) -> list[tuple[Job, int]]:
+        if not self._candidates:
+            held = {instance.kind for instance in view.instances}
+            self._candidates = [queue[0] for kind, queue in view.waiting.items() if queue and kind not in held]
+        idle = view.idle
+        if not idle:
+            return []
+        urgent = min(self._urgent(view.now_s), key=lambda job: self._slack_s(job, view.now_s), default=None)
+        if urgent is not None:
+            self._candidates.remove(urgent)
+            return [(urgent, idle[0])]
+        return self._in_turn(view, idle)
+
+    def _in_turn(self, view: InstanceView, idle: Sequence[int]) -> list[tuple[Job, int]]:
+        given: list[tuple[Job, int]] = []
+        taken = {job.number for job in self._candidates}
+        for i in idle:
+            kind = view.instances[i].kind
+            own = (job for job in (view.waiting.get(kind, ()) if kind is not None else ()) if job.number not in taken)
+            if (job := next(own, None)) is None:
+                if not self._candidates:
+                    continue
+                job = self._candidates.pop(0)
+            taken.add(job.number)
+            given.append((job, i))
+        return given
+
+    def _urgent(self, now_s: float) -> list[Job]:
+        late = [job for job in self._candidates if self._slack_s(job, now_s) < 0]
+        return [job for job in late if self._slack_s(job, now_s) + self.margin_s >= 0] if self.guard else late
+
+    def _slack_s(self, job: Job, now_s: float) -> float:
+        waited_s = now_s - job.arrived_s
+        return self.deadline_s - waited_s - job.items * self.predicted_s - self.load_s - self.margin_s
