@@ -5,7 +5,8 @@ engine of its own, with the same texts in turns, by one client and by 64:
 
 - *unseen*: every text once;
 - *own domain*: test texts, after --own training texts were sent; n-gram tables have all training texts as well;
-- *zipf*: the test texts drawn by Zipf's law (exponent 1), after 1,000 and after 20,000 such requests.
+- *zipf*: the test texts drawn by Zipf's law (exponent 1), after 1,000 and after 20,000 such requests;
+- *warm*: --own test texts over and over, after each was sent twice: all is stored.
 
 DIR has SET/train.jsonl.gz and SET/test.jsonl.gz with a "text" in each line. Each FOLDER is a skip backbone (`vbert
 distill`), the first one with a plain way, FILE a table of it (`vbert ngrams build`); without them the sequence store is
@@ -17,9 +18,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gzip
 import itertools
-import json
 import tempfile
 import time
 from collections import Counter
@@ -41,6 +40,7 @@ from benchmarks.machine import Neighbours, commit, describe
 from benchmarks.ours import random_loras
 from benchmarks.report import output_flags, publish
 from benchmarks.serving import BACKBONE
+from benchmarks.skip_streams import STREAMS, stream_of
 from runtime import Engine, EngineConfig
 from runtime.metrics import MetricsSnapshot
 from runtime.request import ClassifyResult, EmbedResult
@@ -58,7 +58,6 @@ from vbert.tokenizer import Tokenizer
 __all__ = ["main"]
 
 SETS = ("banking77", "sst2", "ag_news")
-STREAMS = ("unseen", "own domain", "zipf")
 TOLERANCE = 1e-3  # of an L2-normalised embedding: two engines batch differently
 HALF_TOLERANCE = 2e-2  # where rows are stored as float16
 _CHECKED = 64
@@ -185,6 +184,13 @@ class Served:
         self.seen.rates.append(len(work) / (time.perf_counter() - begin))
         self._count(before, self.engine.snapshot())
 
+    async def settle(self) -> None:
+        """Until nothing is computed for later any more, which would slow whoever comes next."""
+        before = -1
+        while self.system.ngrams and (now := self.engine.snapshot().ngrams["computed"]) != before:
+            before = now
+            await asyncio.sleep(0.2)
+
     def kept_mib(self) -> float:
         """What its stores hold in memory."""
         held = self.engine.snapshot().memory_bytes
@@ -253,20 +259,19 @@ async def _measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("skip", total=len(args.sets) * len(args.streams))
-        for name, stream in itertools.product(args.sets, args.streams):
-            bar.update(task, description=f"{name}: {stream}")
-            train, test = (_texts(args.data / name / f"{part}.jsonl.gz") for part in ("train", "test"))
-            own = train if stream == "own domain" else []
-            texts = _zipf(test, np.random.default_rng(0)) if stream == "zipf" else iter(test)
-            async with _serving(args, name, own) as every:
+        for name, kind in itertools.product(args.sets, args.streams):
+            bar.update(task, description=f"{name}: {kind}")
+            stream = stream_of(kind, args.data / name, args.own)
+            async with _serving(args, name, stream.own) as every:
                 sent = 0
-                for warm in args.warm if stream == "zipf" else [0]:
-                    before = list(itertools.islice(texts, max(0, warm - sent))) if warm else own[: args.own]
+                for warm in args.warm if kind == "zipf" else [0]:
+                    before = list(itertools.islice(stream.texts, max(0, warm - sent))) if warm else stream.first
                     for served in every:
                         if served.system.keeps:
                             await served.send(iter(before))
-                    case = {"set": name, "stream": f"zipf after {warm}" if warm else stream}
-                    rows += await _take_turns(every, args, texts, case)
+                            await served.settle()
+                    case = {"set": name, "stream": f"zipf after {warm}" if warm else kind}
+                    rows += await _take_turns(every, args, stream.texts, case)
                     sent = warm
             bar.advance(task)
     return rows
@@ -346,6 +351,7 @@ async def _take_turns(
             first = done % len(every)
             for served in every[first:] + every[:first]:
                 await served.turn(work, clients)
+                await served.settle()
             if done % (rounds // args.rounds) == 0:
                 await _check(every, work[: _CHECKED // args.rounds])
         shown = [served for served in every if served.seen.rates]
@@ -373,18 +379,6 @@ async def _check(every: Sequence[Served], work: Sequence[str]) -> None:
 def _embeddings(answer: EmbedResult | ClassifyResult) -> NDArray[np.float32]:
     assert isinstance(answer, EmbedResult)
     return answer.embeddings
-
-
-def _zipf(texts: Sequence[str], rng: np.random.Generator) -> Iterator[str]:
-    weights = rng.permutation(1.0 / np.arange(1, len(texts) + 1))
-    while True:
-        for i in rng.choice(len(texts), 1024, p=weights / weights.sum()):
-            yield texts[int(i)]
-
-
-def _texts(path: Path) -> list[str]:
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line)["text"] for line in file]
 
 
 if __name__ == "__main__":
