@@ -186,8 +186,10 @@ class Served:
 
     async def settle(self) -> None:
         """Until nothing is computed for later any more, which would slow whoever comes next."""
+        if not self.system.ngrams or "backoff" not in self.system.paths:
+            return
         before = -1
-        while self.system.ngrams and (now := self.engine.snapshot().ngrams["computed"]) != before:
+        while (now := self.engine.snapshot().ngrams["computed"]) != before:
             before = now
             await asyncio.sleep(0.2)
 

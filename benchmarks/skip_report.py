@@ -89,7 +89,7 @@ def _distillation(found: Iterable[Mapping[str, Any]], markdown: Markdown) -> str
         for row in result["rows"]:
             cells.setdefault((row["backbone"], row["system"], row["kind"], row["tokens"] // 1000), []).append(row)
     body = []
-    for (backbone, system, kind, thousands), rows in cells.items():
+    for (backbone, system, kind, thousands), rows in sorted(cells.items(), key=lambda cell: cell[0]):
         seeds = {row["seed"]: row for row in rows}.values()  # the newest of each
         ends = [list(row["after"].values()) for row in seeds], [list(row["after_backoff"].values()) for row in seeds]
         errors = [" ".join(f"{each[i]:.3f}" for each in end) for end in ends for i in (0, -2, -1)]
