@@ -90,7 +90,7 @@ def _keys(args: argparse.Namespace) -> list[dict[str, Any]]:
     tokenizer = _tokenizer(args.backbone)
     counts = NgramCounts()
     for file in args.texts:
-        count_texts(read_texts(file), tokenizer, 128, counts)
+        count_texts(read_texts(file), tokenizer, counts)
     keys, _ = head(*counts.result(), max_entries=args.entries, coverage=1.0, min_count=1)
     index = build_index(keys)
     rows = []

@@ -331,7 +331,7 @@ def _own_table(backbone: Backbone, texts: Sequence[str], path: Path) -> str:
     device = torch.device("cpu")
     local = LocalLayers(Encoder(backbone.config, backbone.weights, resolve_dtype("auto"), device), backbone.skip)
     counts = NgramCounts()
-    count_texts(texts, Tokenizer.load(backbone.folder, backbone.config), backbone.config.max_length, counts)
+    count_texts(texts, Tokenizer.load(backbone.folder, backbone.config), counts)
     build_table(path, local, counts, min_count=1)
     return str(path)
 

@@ -202,7 +202,7 @@ def _tables(args: argparse.Namespace, backbones: dict[str, Backbone]) -> dict[in
 def _counts(files: Iterable[str | Path], tokenizer: Tokenizer) -> NgramCounts:
     counts = NgramCounts()
     for file in files:
-        count_texts(read_texts(file), tokenizer, 128, counts)
+        count_texts(read_texts(file), tokenizer, counts)
     return counts
 
 

@@ -25,7 +25,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     build.add_argument("out", type=Path, metavar="FILE", help="table to write, or to replace beside its readers")
     build.add_argument("--backbone", type=Path, required=True, help="folder of the skip backbone")
     build.add_argument("--texts", nargs="+", required=True, help=".txt or .jsonl files, each also with .gz")
-    build.add_argument("--max-length", type=int, default=128, help="tokens of a text, longer ones are cut")
     build.add_argument("--max-keys", type=int, default=20_000_000, help="n-grams counted at once, 16 bytes each")
     build.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     _keep_flags(build, min_count=2, share="of all tri-grams in the text to cover")
@@ -47,7 +46,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     stats.add_argument("table", type=Path, metavar="TABLE")
     stats.add_argument("--texts", nargs="+", default=[], help="files to measure the coverage of")
     stats.add_argument("--backbone", type=Path, help="its tokenizer is needed with --texts")
-    stats.add_argument("--max-length", type=int, default=128, help="tokens of a text, longer ones are cut")
     for each in (build, merge, prune, stats):
         add_json_flag(each)
 
@@ -78,7 +76,7 @@ def _build(args: argparse.Namespace) -> None:
     with progress_bar() as progress:
         for done, file in enumerate(args.texts):
             progress(f"counting: {Path(file).name}", done, len(args.texts))
-            num_texts += count_texts(read_texts(file), tokenizer, _length(args, backbone.config), counts)
+            num_texts += count_texts(read_texts(file), tokenizer, counts)
         progress("counting: done", len(args.texts), len(args.texts))
         if not num_texts:
             raise Wrong(f"{', '.join(args.texts)}: no text at all; give files that have some")
@@ -131,7 +129,7 @@ def _coverage(args: argparse.Namespace, table: Any) -> dict[str, Any]:
         raise Wrong("--texts needs --backbone, whose tokenizer cuts them")
     backbone = read_backbone(args.backbone)
     tokenizer = Tokenizer.load(backbone.folder, backbone.config)
-    found = coverage_of(table, _every_text(args.texts), tokenizer, _length(args, backbone.config))
+    found = coverage_of(table, _every_text(args.texts), tokenizer)
     shares = {"covered_by_trigrams": found.tri, "by_bigrams": found.bi, "by_tokens": found.uni}
     return {"tokens_of_text": found.tokens} | {name: round(share, 4) for name, share in shares.items()}
 
@@ -145,10 +143,6 @@ def _every_text(files: Sequence[str]) -> Iterator[Input]:
 
 def _kept(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("coverage", "min_count", "max_bytes", "dtype")}
-
-
-def _length(args: argparse.Namespace, config: Any) -> int:
-    return min(int(args.max_length), int(config.max_length))
 
 
 def _show_table(args: argparse.Namespace, **told: Any) -> None:

@@ -27,15 +27,15 @@ __all__ = ["build_table", "count_texts", "coverage_of", "describe_table", "entri
 
 Told = Callable[[str, int, int], None]  # what is going on, how much is done, of how much
 _AT_ONCE = 2048  # n-grams encoded or copied at once
-_TEXTS_AT_ONCE = 2048
+_TEXTS_AT_ONCE, _CHARS_AT_ONCE = 2048, 1 << 22
 _DTYPES = {"float16": torch.float16, "int8": torch.int8}
 
 
-def count_texts(texts: Iterable[Input], tokenizer: Tokenizer, max_length: int, counts: NgramCounts) -> int:
-    """Add the n-grams of texts, as a server would tokenise them; returns how many texts there were."""
+def count_texts(texts: Iterable[Input], tokenizer: Tokenizer, counts: NgramCounts) -> int:
+    """Add the n-grams of texts, however long; returns how many texts there were."""
     number = 0
     for chunk in _chunks(texts):
-        counts.add(*_tokenised(chunk, tokenizer, max_length))
+        counts.add(*_tokenised(chunk, tokenizer))
         number += len(chunk)
     return number
 
@@ -121,11 +121,11 @@ def prune_table(
     return _copy(path, [table], kept, how_often, np.zeros(len(kept), np.int64), rows, dtype, told)
 
 
-def coverage_of(table: NgramTable, texts: Iterable[Input], tokenizer: Tokenizer, max_length: int) -> Coverage:
+def coverage_of(table: NgramTable, texts: Iterable[Input], tokenizer: Tokenizer) -> Coverage:
     """What the table has of some texts."""
     kept = [np.empty(0, np.uint8)]
     for chunk in _chunks(texts):
-        kept.append(table.look_up(ngram_keys(*_tokenised(chunk, tokenizer, max_length)), 1)[1])
+        kept.append(table.look_up(ngram_keys(*_tokenised(chunk, tokenizer)), 1)[1])
     return Coverage.of(np.concatenate(kept))
 
 
@@ -196,20 +196,20 @@ def _row_dtype(name: str | None, default: torch.dtype) -> torch.dtype:
 
 def _chunks(texts: Iterable[Input]) -> Iterable[list[Input]]:
     chunk: list[Input] = []
+    chars = 0
     for text in texts:
         chunk.append(text)
-        if len(chunk) == _TEXTS_AT_ONCE:
+        chars += len(text)
+        if len(chunk) == _TEXTS_AT_ONCE or chars >= _CHARS_AT_ONCE:
             yield chunk
-            chunk = []
+            chunk, chars = [], 0
     if chunk:
         yield chunk
 
 
-def _tokenised(
-    texts: Sequence[Input], tokenizer: Tokenizer, max_length: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _tokenised(texts: Sequence[Input], tokenizer: Tokenizer) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Token ids one after the other, and where each text begins."""
-    encoded = tokenizer.encode(texts, max_length=max_length, offsets=False)
+    encoded = tokenizer.encode(texts, offsets=False)
     if not encoded:
         raise ShapeError("there are no texts")
     lengths = [len(one.token_ids) for one in encoded]

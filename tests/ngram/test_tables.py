@@ -36,7 +36,7 @@ class Made:
 
     def table(self, name: str, texts: list[str], **keep: object) -> NgramTable:
         counts = NgramCounts()
-        assert count_texts(texts, self.tokenizer, 64, counts) == len(texts)
+        assert count_texts(texts, self.tokenizer, counts) == len(texts)
         build_table(self.folder / name, self.local, counts, **({"min_count": 1} | keep))  # type: ignore[arg-type]
         return NgramTable(self.folder / name, self.local.base)
 
@@ -54,9 +54,17 @@ def test_every_row_is_what_the_local_layers_give(made: Made) -> None:
     assert {*num_tokens(table.keys).tolist()} == {1, 2, 3}
     assert (np.diff(table.counts.numpy().astype(np.int64)) <= 0).all()
     assert table.about["encoder"] == made.local.fingerprint
-    found = coverage_of(table, TEXTS, made.tokenizer, 64)
+    found = coverage_of(table, TEXTS, made.tokenizer)
     assert (found.tri, found.bi, found.uni) == (1.0, 0.0, 0.0)
-    assert coverage_of(table, ["savings station cat"], made.tokenizer, 64).tri < 1
+    assert coverage_of(table, ["savings station cat"], made.tokenizer).tri < 1
+
+
+def test_a_long_text_is_counted_to_its_end(made: Made) -> None:
+    """Longer than the backbone reads; n-grams know nothing of that."""
+    table = made.table("t", [" ".join(["savings"] * 500) + " account station"])
+    assert coverage_of(table, ["account station"], made.tokenizer).bi > 0
+    (keys,) = [table.keys[table.counts.numpy() > 400]]
+    assert len(keys)
 
 
 def test_a_table_of_single_tokens_has_no_others(tmp_path: Path) -> None:
@@ -85,7 +93,7 @@ def test_of_tables_that_are_merged_the_first_wins(made: Made, tmp_path: Path) ->
     shared = np.intersect1d(one.keys, other.keys)
     sums = one.counts[one.find(shared)].long() + other.counts[other.find(shared)].long()
     assert torch.equal(both.counts[both.find(shared)].long(), sums)
-    assert coverage_of(both, TEXTS, made.tokenizer, 64).tri == 1.0
+    assert coverage_of(both, TEXTS, made.tokenizer).tri == 1.0
 
 
 def test_tables_of_two_backbones_are_not_merged(made: Made, tmp_path: Path) -> None:
@@ -111,8 +119,8 @@ def test_pruning_keeps_the_most_frequent(made: Made, tmp_path: Path) -> None:
     pruned = NgramTable(tmp_path / "pruned", made.local.base)
     long = num_tokens(pruned.keys) > 1
     assert (pruned.counts.numpy()[long] >= 2).all()
-    assert coverage_of(pruned, TEXTS[:2], made.tokenizer, 64).tri == 1.0
-    assert coverage_of(pruned, TEXTS[3:], made.tokenizer, 64).tri < 1.0
+    assert coverage_of(pruned, TEXTS[:2], made.tokenizer).tri == 1.0
+    assert coverage_of(pruned, TEXTS[3:], made.tokenizer).tri < 1.0
     rows, wanted = torch.empty(len(pruned), 3, table.width), torch.empty(len(pruned), 3, table.width)
     pruned.gather(np.arange(len(pruned)), rows)
     table.gather(table.find(pruned.keys), wanted)
