@@ -186,7 +186,7 @@ class Served:
 
     async def settle(self) -> None:
         """Until nothing is computed for later any more, which would slow whoever comes next."""
-        if not self.system.ngrams or "backoff" not in self.system.paths:
+        if not self.system.ngrams or self.system.path not in ("backoff", "auto"):
             return
         before = -1
         while (now := self.engine.snapshot().ngrams["computed"]) != before:

@@ -9,8 +9,8 @@ never from the others of its batch:
   where each token has something, and not too much is shortened;
 - *compute*: as exact, and nothing is looked up; *plain*: all lower layers, as without a skip part.
 
-What backoff did without, and is missing a second time, is wanted: it is computed beside a large batch, or when nothing
-else is (runtime/ngram_learner.py), and kept for later texts.
+What backoff did without, or plain was chosen for, and is missing a second time, is wanted: it is computed beside a
+large batch, or when nothing else is (runtime/ngram_learner.py), and kept for later texts.
 """
 
 from __future__ import annotations
@@ -170,6 +170,13 @@ class NgramStore:
                 whole = routed.kept[here] == SLOTS
                 routed.kept[here] *= whole
                 routed.source[here] = np.where(whole, routed.source[here], -1)
+        if self._cache is not None:
+            plain = [
+                shares and routed.paths[i] == "plain" and "exact" in sequences[i].paths
+                for i, shares in zip(candidates, routed.shares, strict=True)
+            ]
+            if any(plain):  # exact would have been possible, and is cheaper once its n-grams are there
+                self._want(keys[np.repeat(plain, np.diff(cu_seqlens)) & (routed.kept < SLOTS)])
         return routed
 
     def skip(self, routed: Routed, leave_out: Sequence[int] = (), *, pin: bool = False) -> Skipped | None:
@@ -291,8 +298,8 @@ class NgramStore:
                 left = left[~there]
 
     def _want(self, keys: Keys) -> None:
-        """Of n-grams that were replaced by shorter ones, those that were missing before. More than a few thousand are
-        not waited for."""
+        """Of n-grams that texts did without, those that were missing before. More than a few thousand are not waited
+        for."""
         assert self._cache is not None
         keys = np.unique(keys)
         self._wanted |= dict.fromkeys(keys[self._cache.worth_keeping(keys)].tolist())

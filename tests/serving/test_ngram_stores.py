@@ -155,6 +155,29 @@ async def test_what_backoff_did_without_is_learnt_after_the_answers(world, on_sk
         assert engine.snapshot().ngrams["computed"] == before[1] + distinct
 
 
+async def test_what_plain_was_chosen_for_is_learnt_too(world, on_skip, monkeypatch):
+    """Else a tenant of both paths would compute all layers of a text for ever, however often it comes."""
+    if "plain" not in world.paths:
+        return
+    monkeypatch.setattr(PathCosts, "exact_pays", lambda self, tokens, missing: not missing)
+    module, text = world.tenant(1, "plain", "exact"), TEXTS[1]
+    async with on_skip(ngram_cache_bytes=2**20, sequence_sharing=("bank=own",)) as engine:
+        for name in ("t", "bank"):
+            await add(engine, name, module)
+        for _ in range(2):
+            assert (await engine.classify("t", [text])).paths == ("plain",)
+            assert (await engine.classify("bank", [TEXTS[2]])).paths == (
+                "plain",
+            )  # shares nothing: nobody learns of it
+        distinct = len(np.unique(world.keys([text])))
+        await until(lambda: engine.snapshot().ngrams["inserted"] == distinct)
+        answer = await engine.classify("t", [text])
+        assert answer.paths == ("exact",)
+        np.testing.assert_allclose(answer.probabilities[0], world.expected(module, text, "exact"), **CLOSE)
+        assert (await engine.classify("bank", [text])).paths == ("plain",)
+        assert engine.snapshot().ngrams["inserted"] == distinct
+
+
 async def test_large_batches_learn_beside_their_own_work(world, on_skip, monkeypatch):
     monkeypatch.setattr("runtime.ngram_learner._LOOK_S", 1e9)  # never idle
     module = world.tenant(1, "exact", "backoff")
