@@ -166,9 +166,7 @@ async def test_what_plain_was_chosen_for_is_learnt_too(world, on_skip, monkeypat
             await add(engine, name, module)
         for _ in range(2):
             assert (await engine.classify("t", [text])).paths == ("plain",)
-            assert (await engine.classify("bank", [TEXTS[2]])).paths == (
-                "plain",
-            )  # shares nothing: nobody learns of it
+            assert (await engine.classify("bank", [TEXTS[2]])).paths == ("plain",)  # nobody learns of it
         distinct = len(np.unique(world.keys([text])))
         await until(lambda: engine.snapshot().ngrams["inserted"] == distinct)
         answer = await engine.classify("t", [text])
