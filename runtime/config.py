@@ -80,7 +80,7 @@ class EngineConfig:
         (), "PATTERN=auto, plain, exact, compute or backoff, by tenant: how texts pass a skip backbone; else auto"
     )
     exit_thresholds: tuple[str, ...] = option(
-        (), "PATTERN=CONFIDENCE, by tenant: above it an answer leaves early, by an exit the tenant has; else its own"
+        (), "PATTERN=CONFIDENCE, by tenant: above it an answer leaves early; 1: never; others: as their files say"
     )
     cuda_graphs: str = option("off", "on or off: on a GPU, replay CUDA graphs of batches that come often")
     trace: str = option("", "write a Chrome trace of the lanes to this file")
