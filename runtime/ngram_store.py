@@ -35,6 +35,7 @@ from vbert.skip import SLOTS, SkipConfig
 __all__ = ["NgramCounters", "NgramStore", "PathCosts", "Routed", "Skipped"]
 
 _MOST_WANTED = 4096
+_SURE = 0.8  # of a cost that is to be saved: what is looked up has to be merged, and costs are estimates
 _TOKENS_PER_WANTED = 64  # of a batch beside which one is computed: 3 rows of local layers on 64 of all layers
 
 
@@ -69,11 +70,11 @@ class PathCosts:
     local_margin: Callable[[int], float]
 
     def exact_pays(self, tokens: int, missing: int) -> bool:
-        """Whether computing so many n-grams is cheaper than the plain lower layers of so many tokens."""
+        """Whether computing so many n-grams is surely cheaper than the plain lower layers of so many tokens."""
         if not missing:
             return True
-        alone = self.local_alone(missing) < self.plain_alone(tokens)
-        return alone and self.local_margin(missing) < self.plain_margin(tokens)
+        alone = self.local_alone(missing) < _SURE * self.plain_alone(tokens)
+        return alone and self.local_margin(missing) < _SURE * self.plain_margin(tokens)
 
 
 @dataclass(frozen=True, slots=True)

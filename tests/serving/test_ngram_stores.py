@@ -133,6 +133,8 @@ async def test_a_profile_knows_what_n_grams_cost(world, on_skip, tmp_path):
         costs = _costs(world.backbone.skip.config, 3, CostModel(cost.conditions, {**cost.curves, "local": curve}))
         assert costs.exact_pays(20, 1) == pays
         assert costs.exact_pays(20, 0)
+        most = 20 * 0.8 * world.backbone.skip.config.first_layer / (3 * world.backbone.skip.config.local_layers)
+        assert not costs.exact_pays(20, int(most) + 1)  # as many rows as are saved, whatever the profile says
 
 
 async def test_what_backoff_did_without_is_learnt_after_the_answers(world, on_skip):
