@@ -154,7 +154,7 @@ class Joint:
                 beta += curve[count + 1] - curve[count]
                 if (total := best[begin] + alpha[end - begin] + beta) <= best[end]:  # the smallest split of equals
                     best[end], before[end] = total, begin
-            _check(best[end], pool[order[end - 1]].length)
+            _check(best[end], 1, longest)
         return [_merged(pool, order[begin:end]) for begin, end in _ends(before)]
 
 
@@ -197,17 +197,19 @@ def _mini_batches(pool: Sequence[Query], costs: PoolCosts) -> list[MiniBatch]:
     found = []
     for mine in tenants.values():
         order = sorted(mine, key=lambda i: pool[i].length)
-        curves = [costs.beta(pool[i].kind, pool[i].length) for i in order]
-        found += [_mini_batch(pool, order[begin:end]) for begin, end in _cut([1] * len(order), curves)]
+        lengths = [pool[i].length for i in order]
+        curves = [costs.beta(pool[order[0]].kind, length) for length in lengths]
+        ends = _cut([1] * len(order), lengths, curves)
+        found += [_mini_batch(pool, order[begin:end]) for begin, end in ends]
     return found
 
 
 def _cut_by_alpha(sizes: Sequence[int], lengths: Sequence[int], costs: PoolCosts) -> list[tuple[int, int]]:
     """g(i) = min over j <= i of g(j - 1) + alpha(P_i - P_(j - 1), L_i), P being sums of the sizes."""
-    return _cut(sizes, [costs.alpha(length) for length in lengths])
+    return _cut(sizes, lengths, [costs.alpha(length) for length in lengths])
 
 
-def _cut(sizes: Sequence[int], curves: Sequence[Curve]) -> list[tuple[int, int]]:
+def _cut(sizes: Sequence[int], lengths: Sequence[int], curves: Sequence[Curve]) -> list[tuple[int, int]]:
     """Where to cut a row of things so that the curves of the last ones, at the sums of the sizes, add up to least. Of
     equals the smallest split. Raises ConfigError."""
     sums = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
@@ -218,7 +220,7 @@ def _cut(sizes: Sequence[int], curves: Sequence[Curve]) -> list[tuple[int, int]]
         total = best[first:end] + curve[sums[end] - sums[first:end]] if first < end else np.array([np.inf])
         before[end] = first + int(np.argmin(total))
         best[end] = total.min()
-        _check(best[end], sizes[end - 1])
+        _check(best[end], sizes[end - 1], lengths[end - 1])
     return _ends(before)
 
 
@@ -231,9 +233,9 @@ def _ends(before: NDArray[np.int64]) -> list[tuple[int, int]]:
     return found[::-1]
 
 
-def _check(cost: float, what: int) -> None:
+def _check(cost: float, size: int, length: int) -> None:
     if not np.isfinite(cost):
-        raise ConfigError(f"there is no batch for a query or mini-batch of size or length {what}; measure larger ones")
+        raise ConfigError(f"the cost of a batch of {size}, {length} tokens long, is not known; measure larger ones")
 
 
 def _merged(pool: Sequence[Query], queries: Sequence[int]) -> MacroBatch:

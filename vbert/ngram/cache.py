@@ -38,9 +38,7 @@ class NgramCache:
         self._index = np.zeros((places_for(capacity), 2), np.uint64)
         self._seen = np.zeros(1 << (_SEEN_PER_ROW * capacity - 1).bit_length(), np.uint32)
         self._hand, self._filled = 0, 0
-        # Tenants may send any token ids: nobody is to know which n-grams share a place. The highest bit, which no key
-        # has, keeps what is stored from being 0, a free place.
-        self._salt = np.uint64(secrets.randbits(63) | 1 << 63)
+        self._salt = _new_salt()
 
     def __len__(self) -> int:
         return self._filled
@@ -89,6 +87,12 @@ class NgramCache:
         rows = find_rows(distinct, self._index)
         _remove(distinct[rows >= 0], self._index)
         self._keys[rows[rows >= 0]] = 0  # the hand gives these rows to others when it comes by
+
+
+def _new_salt() -> np.uint64:
+    """Tenants may send any token ids: nobody is to know which n-grams share a place. The highest bit, which no key has,
+    keeps what is stored from being 0, a free place."""
+    return np.uint64(secrets.randbits(63) | 1 << 63)
 
 
 @numba.njit(nogil=True, cache=True)
