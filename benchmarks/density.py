@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import multiprocessing
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -62,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 shape=shape,
                 kind=kind,
                 tenants=tenants,
+                first_round=args.first_round,
                 seconds=args.seconds,
                 concurrency=args.concurrency,
                 threads=args.threads,
@@ -130,6 +132,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--tenants", nargs="+", type=int, default=[10, 100, 1_000, 10_000], metavar="N")
     parser.add_argument("--budgets", nargs="+", type=float, default=[1.0, 0.1, 0.01], metavar="SHARE")
+    parser.add_argument(
+        "--first-round",
+        type=int,
+        default=sys.maxsize,
+        metavar="N",
+        help="tenants that are asked once before anything is measured, the most popular first; default: all",
+    )
     parser.add_argument("--seconds", type=float, default=2.0, help="of each turn of a pattern")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each pattern, taken by all budgets alternately")
     parser.add_argument("--concurrency", type=int, default=64)
