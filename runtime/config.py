@@ -7,8 +7,10 @@ from typing import Any
 
 from runtime.exit_rules import ExitRules
 from runtime.paths import PathRules, table_files
+from runtime.policies.named import batch_policy
 from runtime.residency import residency_policy
 from runtime.sequence_sharing import SequenceSharing
+from runtime.weight_rules import WeightRules
 from vbert.errors import ConfigError
 
 __all__ = ["EngineConfig", "option"]
@@ -82,6 +84,10 @@ class EngineConfig:
     exit_thresholds: tuple[str, ...] = option(
         (), "PATTERN=CONFIDENCE, by tenant: above it an answer leaves early; 1: never; others: as their files say"
     )
+    policy: str = option("fair", "which requests form a batch: fair, or another one of docs/scheduling.md")
+    tenant_weights: tuple[str, ...] = option(
+        (), "PATTERN=NUMBER, by tenant, the first that fits: its share beside the others, with the policy fair; else 1"
+    )
     cuda_graphs: str = option("off", "on or off: on a GPU, replay CUDA graphs of batches that come often")
     trace: str = option("", "write a Chrome trace of the lanes to this file")
     profile: str = option(
@@ -115,6 +121,8 @@ class EngineConfig:
         SequenceSharing(self.sequence_sharing)
         PathRules(self.paths, self.ngram_domains, table_files(self.ngrams))
         ExitRules(self.exit_thresholds)
+        batch_policy(self.policy)
+        WeightRules(self.tenant_weights)
         if not 0 <= self.max_backoff <= 1:
             raise ConfigError(f"max_backoff is {self.max_backoff}; give a share from 0 to 1")
         if self.cuda_graphs not in ("on", "off"):

@@ -38,6 +38,7 @@ from runtime.through_host import ThroughHost
 from runtime.throughput import Throughput
 from runtime.uploads import Uploads
 from runtime.wait_policy import log_collapse
+from runtime.weight_rules import WeightRules
 from vbert.errors import SelfTestFailed, VbertError
 from vbert.selftest import check_outputs
 
@@ -95,6 +96,7 @@ class Core:
             wake=event.set,
             paths=self._paths,
             exits=ExitRules(config.exit_thresholds),
+            weights=WeightRules(config.tenant_weights),
             clock=clock,
             metrics=metrics,
         )

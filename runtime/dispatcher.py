@@ -26,9 +26,10 @@ from runtime.inputs import check_inputs, check_method, in_chunks
 from runtime.metrics import Metrics
 from runtime.paths import PathRules
 from runtime.pending import Pending
-from runtime.request import Input, Served, Slice
+from runtime.request import PRIORITIES, Input, Served, Slice
 from runtime.room import Room
 from runtime.waiting import WaitingQueue
+from runtime.weight_rules import WeightRules
 from vbert.errors import BadRequest, InputTooLong, VbertError
 from vbert.tokenizer import Encoded, Tokenizer
 
@@ -42,13 +43,14 @@ _INLINE_CHARS = 4_000  # tokenised on the event loop: under 1 ms; a thread would
 class Terms:
     """How a caller wants a request treated. deadline_s: seconds from now. truncate: cut what is too long. path: how its
     inputs pass the lower layers (runtime/paths.py), exit_threshold: how confident an answer must be to leave early
-    (runtime/exit_rules.py); None: as its tenant's do."""
+    (runtime/exit_rules.py); None: as its tenant's do. priority: one of PRIORITIES."""
 
     deadline_s: float | None = None
     truncate: bool = False
     caller: str = "local"
     path: str | None = None
     exit_threshold: float | None = None
+    priority: str = "interactive"
 
 
 @dataclass(kw_only=True, eq=False)
@@ -68,6 +70,7 @@ class Dispatcher:
     wake: Callable[[], None]
     paths: PathRules
     exits: ExitRules
+    weights: WeightRules
     clock: Clock
     metrics: Metrics
     queue: WaitingQueue = field(default_factory=WaitingQueue)
@@ -192,6 +195,7 @@ class Dispatcher:
             inputs, method, max_inputs=self.config.max_request_inputs, max_chars=self.config.max_input_chars
         )
         inputs = list(inputs)
+        _check_priority(terms.priority)
         deadline_s = arrival_s + _checked_deadline(terms.deadline_s, self.config.default_deadline_s)
         with self._living(served.key.digest):
             self._room.check(terms.caller, len(inputs))
@@ -212,6 +216,8 @@ class Dispatcher:
                 arrival_s=arrival_s,
                 enqueued_s=self.clock.now_s(),
                 deadline_s=deadline_s,
+                priority=terms.priority,
+                weight=self.weights.weight(tenant),
                 future=asyncio.get_running_loop().create_future(),
             )
             self._enqueue(pending)
@@ -291,6 +297,11 @@ def _checked_deadline(deadline_s: float | None, default_s: float) -> float:
     if isinstance(deadline_s, bool) or not isinstance(deadline_s, int | float) or not 0 < deadline_s < math.inf:
         raise BadRequest(f"deadline_s is {deadline_s!r}; give seconds above 0", param="deadline_s")
     return float(deadline_s)
+
+
+def _check_priority(priority: Any) -> None:
+    if priority not in PRIORITIES:
+        raise BadRequest(f"priority is {priority!r}; give {' or '.join(PRIORITIES)}", param="priority")
 
 
 def _too_late(allowed_s: float) -> DeadlineExceeded:

@@ -26,8 +26,9 @@ from runtime.lanes import Lanes
 from runtime.metrics import MetricsSnapshot
 from runtime.parts import Parts, load_parts
 from runtime.pending import Pending
+from runtime.policies.named import batch_policy
 from runtime.request import ClassifyResult, EmbedResult, Input, RerankResult, ScoreResult, TokenClassifyResult
-from runtime.scheduler import BatchPolicy, TokenBudget
+from runtime.scheduler import BatchPolicy
 from runtime.versions import TenantVersion
 from vbert.config import EncoderConfig
 from vbert.errors import ConfigError
@@ -49,7 +50,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig, *, clock: Clock | None = None, policy: BatchPolicy | None = None) -> None:
         self.config = config
-        self._clock, self._policy = clock or MonotonicClock(), policy or TokenBudget()
+        self._clock, self._policy = clock or MonotonicClock(), policy or batch_policy(config.policy)
         self._core: Core | None = None
         self._main: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
@@ -103,11 +104,15 @@ class Engine:
         deadline_s: float | None = None,
         truncate: bool = False,
         path: str | None = None,
+        priority: str = "interactive",
         caller: str = "local",
     ) -> EmbedResult:
         """Embeddings [N, D] of texts, pairs or lists of token ids; of the backbone itself under its own name."""
         done = await self._submit(
-            "embed", tenant, inputs, Terms(deadline_s=deadline_s, truncate=truncate, path=path, caller=caller)
+            "embed",
+            tenant,
+            inputs,
+            Terms(deadline_s=deadline_s, truncate=truncate, path=path, priority=priority, caller=caller),
         )
         return answers.embed_result(done)
 
@@ -120,10 +125,18 @@ class Engine:
         truncate: bool = False,
         path: str | None = None,
         exit_threshold: float | None = None,
+        priority: str = "interactive",
         caller: str = "local",
     ) -> ClassifyResult:
         """Labels and probabilities [N, C] of texts or pairs."""
-        terms = Terms(deadline_s=deadline_s, truncate=truncate, path=path, exit_threshold=exit_threshold, caller=caller)
+        terms = Terms(
+            deadline_s=deadline_s,
+            truncate=truncate,
+            path=path,
+            exit_threshold=exit_threshold,
+            priority=priority,
+            caller=caller,
+        )
         done = await self._submit("classify", tenant, inputs, terms)
         return answers.classify_result(done)
 
@@ -135,11 +148,15 @@ class Engine:
         deadline_s: float | None = None,
         truncate: bool = False,
         path: str | None = None,
+        priority: str = "interactive",
         caller: str = "local",
     ) -> TokenClassifyResult:
         """Entities of each text, in code points, or of each list of words, in words."""
         done = await self._submit(
-            "token_classify", tenant, inputs, Terms(deadline_s=deadline_s, truncate=truncate, path=path, caller=caller)
+            "token_classify",
+            tenant,
+            inputs,
+            Terms(deadline_s=deadline_s, truncate=truncate, path=path, priority=priority, caller=caller),
         )
         if sum(len(e.token_ids) for e in done.encoded) <= _MANY_TOKENS:
             return answers.token_classify_result(done)
@@ -156,6 +173,7 @@ class Engine:
         deadline_s: float | None = None,
         truncate: bool = False,
         path: str | None = None,
+        priority: str = "interactive",
         caller: str = "local",
     ) -> RerankResult:
         """How relevant each document is to the query, and the order of the best `top_n`."""
@@ -164,7 +182,7 @@ class Engine:
             "rerank",
             tenant,
             as_pairs(query, documents),
-            Terms(deadline_s=deadline_s, truncate=truncate, path=path, caller=caller),
+            Terms(deadline_s=deadline_s, truncate=truncate, path=path, priority=priority, caller=caller),
         )
         return answers.rerank_result(done, limit)
 
@@ -176,11 +194,15 @@ class Engine:
         deadline_s: float | None = None,
         truncate: bool = False,
         path: str | None = None,
+        priority: str = "interactive",
         caller: str = "local",
     ) -> ScoreResult:
         """One score a pair of texts."""
         done = await self._submit(
-            "score", tenant, pairs, Terms(deadline_s=deadline_s, truncate=truncate, path=path, caller=caller)
+            "score",
+            tenant,
+            pairs,
+            Terms(deadline_s=deadline_s, truncate=truncate, path=path, priority=priority, caller=caller),
         )
         return answers.score_result(done)
 

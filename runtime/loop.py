@@ -64,12 +64,14 @@ class ServingLoop:
             ready_tokens=queue.ready_tokens,
             deadlines=queue.deadlines,
             ready_deadlines=queue.ready_deadlines,
+            shares=queue.shares,
             cold=queue.cold,
             loading=self.manager.loading,
             in_flight=pipeline.in_flight,
             busy_until_s=pipeline.busy_until_s,
             max_batch_tokens=batch_tokens,
             tokens_per_s=pipeline.tokens_per_s(batch_tokens),
+            batch_s=pipeline.batch_s,
             ahead_s=pipeline.ahead_s,
         )
 

@@ -31,6 +31,8 @@ class Pending:
     enqueued_s: float
     deadline_s: float | None
     future: asyncio.Future[None]
+    priority: str = "interactive"
+    weight: float = 1.0
     may_take: tuple[str, ...] = ("plain",)
     exit_above: float = 1.0
     cold_since_s: float | None = None
@@ -53,6 +55,8 @@ class Pending:
             arrival_s=self.arrival_s,
             deadline_s=self.deadline_s,
             lengths=tuple(len(e.token_ids) for e in self.encoded),
+            weight=self.weight,
+            priority=self.priority,
         )
 
     def make_cold(self, now_s: float) -> None:

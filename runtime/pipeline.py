@@ -69,6 +69,10 @@ class Pipeline:
     def tokens_per_s(self, batch_tokens: int) -> float | None:
         return self._throughput.tokens_per_s(batch_tokens)
 
+    def batch_s(self, num_tokens: int) -> float | None:
+        """Expected seconds of a batch of so many tokens; None while nothing is known."""
+        return self._throughput.seconds(num_tokens)
+
     def launch(
         self,
         sequences: Sequence[SequenceInput],

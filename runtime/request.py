@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "PRIORITIES",
     "Batch",
     "BatchPlan",
     "ClassifyResult",
@@ -30,6 +31,8 @@ __all__ = [
     "Waiting",
     "Way",
 ]
+
+PRIORITIES = ("interactive", "batch")
 
 Input = str | tuple[str, str] | Sequence[str] | Sequence[int]
 
@@ -163,7 +166,8 @@ class ScoreResult(Result):
 class Waiting:
     """One admitted request as a policy sees it.
 
-    `lengths`: tokens of each input still to run; `first`: index of the first of them in the request.
+    `lengths`: tokens of each input still to run; `first`: index of the first of them in the request. `weight`: of its
+    tenant's share, `priority`: one of PRIORITIES.
     """
 
     request_id: int
@@ -173,6 +177,8 @@ class Waiting:
     deadline_s: float | None
     lengths: tuple[int, ...]
     first: int = 0
+    weight: float = 1.0
+    priority: str = "interactive"
 
     @property
     def tokens(self) -> int:

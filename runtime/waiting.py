@@ -1,4 +1,4 @@
-"""The waiting requests, indexed as policies ask for them: by arrival, by deadline and by tenant module.
+"""The waiting requests, indexed as policies ask for them: by arrival, deadline, share and tenant module.
 
 Pure data: no futures, no clock, no admission rules. Every method is O(log n) plus a C-level move of at most a few
 thousand machine words, so that planning never copies the queue.
@@ -10,12 +10,16 @@ from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
-from runtime.request import Waiting
+from runtime.request import PRIORITIES, Waiting
+from runtime.shares import Shares
 
 __all__ = ["WaitingQueue"]
 
 _Deadlines = list[tuple[float, int]]
+_Tags = list[tuple[float, int, int]]
+_Entry = TypeVar("_Entry", tuple[float, int], tuple[float, int, int])
 
 
 class WaitingQueue:
@@ -32,6 +36,9 @@ class WaitingQueue:
         self._cold: dict[str, dict[int, None]] = {}
         self._deadlines: _Deadlines = []
         self._ready_deadlines: _Deadlines = []
+        self._shares = {priority: Shares() for priority in PRIORITIES}
+        self._tags: dict[int, tuple[float, int, int]] = {}
+        self._ready_tags: dict[str, _Tags] = {priority: [] for priority in PRIORITIES}
         self._inputs_of: Counter[str] = Counter()
         self.num_inputs = 0
         self.num_tokens = 0
@@ -62,6 +69,11 @@ class WaitingQueue:
         """(deadline, id) of the ready requests, the earliest first."""
         return self._ready_deadlines
 
+    @property
+    def shares(self) -> Mapping[str, Sequence[tuple[float, int, int]]]:
+        """(tag, id, tokens when it came) of the ready requests by priority, the lowest tag first."""
+        return self._ready_tags
+
     def inputs_of(self, caller: str) -> int:
         return self._inputs_of[caller]
 
@@ -71,6 +83,8 @@ class WaitingQueue:
 
     def add(self, request: Waiting, *, ready: bool) -> None:
         self._waiting[request.request_id] = request
+        tag = self._shares[request.priority].join(request.key.tenant, request.tokens, request.weight)
+        self._tags[request.request_id] = (tag, request.request_id, request.tokens)
         if request.deadline_s is not None:
             insort(self._deadlines, (request.deadline_s, request.request_id))
         self._count(request, +1)
@@ -79,6 +93,8 @@ class WaitingQueue:
     def take(self, request_id: int, count: int) -> None:
         """The first `count` inputs still to run leave for a batch."""
         request = self._waiting[request_id]
+        if ready := self._ready_tags[request.priority]:
+            self._shares[request.priority].served(ready[0][0])
         if count == len(request.lengths):
             self._drop(request)
             return
@@ -114,6 +130,7 @@ class WaitingQueue:
             self._unmake_ready(request)
         else:
             _discard_member(self._cold, request)
+        del self._tags[request.request_id]
 
     def _count(self, request: Waiting, sign: int) -> None:
         self.num_inputs += sign * len(request.lengths)
@@ -126,6 +143,7 @@ class WaitingQueue:
         insort(self._ready, request.request_id)
         if request.deadline_s is not None:
             insort(self._ready_deadlines, (request.deadline_s, request.request_id))
+        insort(self._ready_tags[request.priority], self._tags[request.request_id])
         self._ready_of.setdefault(request.key.digest, {})[request.request_id] = None
         self.ready_tokens += request.tokens
 
@@ -133,6 +151,7 @@ class WaitingQueue:
         del self._ready[bisect_left(self._ready, request.request_id)]
         if request.deadline_s is not None:
             _discard(self._ready_deadlines, (request.deadline_s, request.request_id))
+        _discard(self._ready_tags[request.priority], self._tags[request.request_id])
         _discard_member(self._ready_of, request)
         self.ready_tokens -= request.tokens
 
@@ -140,7 +159,7 @@ class WaitingQueue:
         self._cold.setdefault(request.key.digest, {})[request.request_id] = None
 
 
-def _discard(ordered: _Deadlines, item: tuple[float, int]) -> None:
+def _discard(ordered: list[_Entry], item: _Entry) -> None:
     idx = bisect_left(ordered, item)
     if idx < len(ordered) and ordered[idx] == item:
         del ordered[idx]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from runtime.policies.named import DEFAULT, batch_policy
 from runtime.request import BatchPlan, TenantKey, Waiting
-from runtime.scheduler import BatchPolicy, TokenBudget, View
+from runtime.scheduler import BatchPolicy, View
 from runtime.waiting import WaitingQueue
 
 
@@ -32,7 +33,14 @@ class Line:
         self._next = 1
 
     def put(
-        self, *lengths: int, tenant: str = "a", deadline_s: float | None = None, cold: bool = False, caller: str = "x"
+        self,
+        *lengths: int,
+        tenant: str = "a",
+        deadline_s: float | None = None,
+        cold: bool = False,
+        caller: str = "x",
+        weight: float = 1.0,
+        priority: str = "interactive",
     ) -> int:
         if not cold:
             self.resident.add(tenant)
@@ -43,6 +51,8 @@ class Line:
             arrival_s=self.now_s,
             deadline_s=deadline_s,
             lengths=lengths,
+            weight=weight,
+            priority=priority,
         )
         self.queue.add(request, ready=tenant in self.resident)
         self._next += 1
@@ -56,12 +66,14 @@ class Line:
             ready_tokens=self.queue.ready_tokens,
             deadlines=self.queue.deadlines,
             ready_deadlines=self.queue.ready_deadlines,
+            shares=self.queue.shares,
             cold=self.queue.cold,
             loading=self.loading.keys(),
             in_flight=self.in_flight,
             busy_until_s=self.busy_until_s,
             max_batch_tokens=self.max_batch_tokens,
             tokens_per_s=self.tokens_per_s,
+            batch_s=lambda tokens: tokens / self.tokens_per_s if self.tokens_per_s else None,
             ahead_s=self.ahead_s,
         )
 
@@ -99,7 +111,7 @@ class GatedPolicy:
     the engine's first canary."""
 
     def __init__(self, inner: BatchPolicy | None = None) -> None:
-        self.inner = inner or TokenBudget()
+        self.inner = inner or batch_policy(DEFAULT)
         self.open = True
 
     def plan(self, view: View) -> BatchPlan:

@@ -11,9 +11,11 @@ import pytest
 
 import cli
 from benchmarks.report import DOCUMENTS, ROOT, fill
-from runtime import BlockingEngine, EngineConfig, residency, scheduler
+from runtime import BlockingEngine, EngineConfig, residency
 from runtime.http.errors import STATUS
 from runtime.http.routes import ROUTES
+from runtime.policies.named import POLICIES
+from runtime.policies.pools import POOL_POLICIES
 from tests.random_tenants import Factory
 from tests.tiny import tiny_backbone
 from vbert.checkpoint import write_tenant
@@ -60,11 +62,11 @@ def test_every_policy_is_documented():
     text = (DOCS / "scheduling.md").read_text()
     policies = [
         name
-        for module in (scheduler, residency)
-        for name, cls in inspect.getmembers(module, inspect.isclass)
-        if (hasattr(cls, "plan") or hasattr(cls, "victims")) and not getattr(cls, "_is_protocol", False)
+        for name, cls in inspect.getmembers(residency, inspect.isclass)
+        if hasattr(cls, "victims") and not getattr(cls, "_is_protocol", False)
     ]
-    assert {"TokenBudget", "Lru", "LfuAgeing"} <= set(policies)
+    policies += [*POLICIES, *POOL_POLICIES]
+    assert {"fair", "joint", "Lru", "LfuAgeing"} <= set(policies)
     assert not [name for name in policies if f"`{name}`" not in text]
 
 

@@ -69,7 +69,9 @@ class InferBody(Body):
     timeout_ms: int | None = Field(
         None, ge=1, le=3_600_000, description="the milliseconds the answer may take, 1 to 3600000; null: the server's"
     )
-
+    priority: Literal["interactive", "batch"] = Field(
+        "interactive", description="interactive, or batch for what may wait while others are interactive"
+    )
     path: Literal["auto", "plain", "exact", "compute", "backoff"] | None = Field(
         None,
         description="how the texts pass the lower layers, one the tenant was trained for; null: the server's choice",
@@ -81,7 +83,7 @@ class InferBody(Body):
 
 
 class EmbeddingsBody(InferBody):
-    """As OpenAI's, and `truncate`, `timeout_ms`, `path`."""
+    """As OpenAI's, and `truncate`, `timeout_ms`, `priority`, `path`."""
 
     input: EmbeddingInput = Field(
         description="a text, a list of texts, a list of token ids, or a list of lists of token ids; none of them empty"

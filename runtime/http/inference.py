@@ -84,7 +84,13 @@ def _as_list(value: Any) -> Sequence[Any]:
 
 
 def _terms(call: Call, body: InferBody) -> dict[str, Any]:
-    return {"deadline_s": body.deadline_s, "truncate": body.truncate, "path": body.path, "caller": call.key.name}
+    return {
+        "deadline_s": body.deadline_s,
+        "truncate": body.truncate,
+        "path": body.path,
+        "priority": body.priority,
+        "caller": call.key.name,
+    }
 
 
 def _answer(result: Result, *, data: bytes | None = None, **content: Any) -> web.Response:

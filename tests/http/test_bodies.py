@@ -163,6 +163,7 @@ async def test_terms_reach_the_engine():
             "truncate": True,
             "timeout_ms": 250,
             "path": "exact",
+            "priority": "batch",
             "user": "someone",
             "dimensions": 4,
         }
@@ -171,9 +172,11 @@ async def test_terms_reach_the_engine():
         rerank = M | {"query": "q", "documents": ["a", "b"], "top_n": 1}
         assert len((await client.ask("POST", "/v1/rerank", json=rerank)).json["results"]) == 1
     terms = [keywords for _, _, keywords in engine.calls]
-    assert terms[0] == {"inputs": ["x"], "truncate": True, "deadline_s": 0.25, "path": "exact", "caller": "local"}
-    assert terms[1] == {"inputs": ["x"], "truncate": False, "deadline_s": None, "path": None, "caller": "local"}
-    assert terms[2] == {"top_n": 1, "truncate": False, "deadline_s": None, "path": None, "caller": "local"}
+    given = {"deadline_s": 0.25, "path": "exact", "priority": "batch", "caller": "local"}
+    left_out = {"truncate": False, "deadline_s": None, "path": None, "priority": "interactive", "caller": "local"}
+    assert terms[0] == {"inputs": ["x"], "truncate": True} | given
+    assert terms[1] == {"inputs": ["x"]} | left_out
+    assert terms[2] == {"top_n": 1} | left_out
 
 
 async def test_numbers_that_json_does_not_have_are_a_failure():

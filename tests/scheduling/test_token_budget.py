@@ -1,18 +1,17 @@
-"""The first policy: hand-worked plans, and laws over random queues."""
+"""Batches within a token budget: hand-worked plans. Laws for all policies: test_policies.py."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
+from runtime.policies.orders import UrgentFirst
+from runtime.policies.token_budget import TokenBudget
 from runtime.request import Slice
-from runtime.scheduler import TokenBudget
 from tests.fakes import Line, slices
 
-POLICY = TokenBudget(max_loading=4)
+POLICY = TokenBudget(order=UrgentFirst(), max_loading=4)
 
 
 def planned(line: Line):
@@ -129,63 +128,6 @@ def test_a_full_batch_does_not_wait_and_two_in_flight_are_enough():
     assert len(planned(line)) == 1
     line.in_flight = 2
     assert planned(line) == []
-
-
-requests = st.lists(
-    st.tuples(
-        st.lists(st.integers(1, 150), min_size=1, max_size=6),
-        st.sampled_from("abcd"),
-        st.one_of(st.none(), st.floats(0.01, 20.0)),
-        st.booleans(),
-    ),
-    max_size=40,
-)
-
-
-def filled(entries, **kwargs) -> Line:
-    line = Line(**kwargs)
-    for lengths, tenant, deadline_s, cold in entries:
-        line.put(*lengths, tenant=tenant + "-cold" * cold, deadline_s=deadline_s, cold=cold)
-    return line
-
-
-@given(requests, st.floats(0.0, 10.0), st.sampled_from([None, 50.0, 5000.0]))
-@example([([1], "a", 1.0, False), ([47], "a", None, False), ([54], "a", 2.0, False)], 1.0, 50.0)  # the oldest is late
-def test_one_plan_keeps_every_law(entries, now_s, tokens_per_s):
-    line = filled(entries, tokens_per_s=tokens_per_s)
-    line.now_s = now_s
-    plan = POLICY.plan(line.view())
-    assert plan == POLICY.plan(line.view())  # the same view, the same plan: nothing was changed by planning
-    pieces = slices(plan)
-    waiting = line.queue.waiting
-    assert len({piece.request_id for piece in pieces}) == len(pieces)
-    lengths = [length for piece in pieces for length in waiting[piece.request_id].lengths[: piece.last - piece.first]]
-    assert sum(lengths) <= line.max_batch_tokens or len(lengths) == 1
-    tenants = [waiting[piece.request_id].key.digest for piece in pieces]
-    assert len({*tenants}) == sum(a != b for a, b in zip(tenants, ["", *tenants], strict=False))
-    assert all(tenant in line.resident for tenant in tenants)
-    assert all(key.digest not in line.resident for key in plan.prefetch)
-    assert set(plan.expire) == {i for d, i in line.queue.deadlines if d <= now_s}
-    assert not {piece.request_id for piece in pieces} & set(plan.expire)
-    assert plan.wake_s is None or plan.wake_s > now_s
-    ready = [waiting[i] for i in line.queue.ready if i not in plan.expire]
-    assert bool(ready) == bool(pieces)
-    if ready:
-        assert ready[0].request_id in {piece.request_id for piece in pieces}  # so nobody can starve
-
-
-@given(requests)
-@settings(max_examples=50)
-def test_everything_that_can_run_runs_exactly_once(entries):
-    line = filled([(lengths, tenant, None, cold) for lengths, tenant, _, cold in entries])
-    wanted = sorted(i for i, request in line.queue.waiting.items() for _ in request.lengths)
-    ran: list[int] = []
-    for _ in range(len(wanted) + 10):
-        plan = POLICY.plan(line.view())
-        ran += line.apply(plan)
-        line.arrive(line.loading)
-    assert sorted(ran) == wanted
-    assert (line.queue.num_inputs, line.queue.num_tokens, line.queue.ready_tokens) == (0, 0, 0)
 
 
 def test_nobody_starves_behind_urgent_traffic():

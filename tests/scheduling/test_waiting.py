@@ -91,6 +91,8 @@ class Queue(RuleBasedStateMachine):
         for caller in "xy":
             mine = sum(len(request.lengths) for request in requests if request.caller == caller)
             assert queue.inputs_of(caller) == mine
+        assert sorted(i for _, i, _ in queue.shares["interactive"]) == list(queue.ready)
+        assert list(queue.shares["interactive"]) == sorted(queue.shares["interactive"])
         for digest in "abc":
             assert queue.waits_for(digest) == any(request.key.digest == digest for request in ready)
 

@@ -57,6 +57,34 @@ async def test_too_much_is_refused_with_the_limit(serving):
             await engine.embed("tiny", [("a" * 501, "b" * 501)])
 
 
+async def test_a_priority_that_there_is_not_is_refused(serving):
+    async with serving() as engine:
+        assert (await engine.embed("tiny", ["no"], priority="batch")).tokens == (3,)
+        with pytest.raises(BadRequest, match="priority is 'urgent'; give interactive or batch") as caught:
+            await engine.embed("tiny", ["no"], priority="urgent")
+        assert caught.value.param == "priority"
+
+
+async def test_a_tenant_with_more_weight_gets_on_faster(serving, factory):
+    """Both have the same waiting; of the first batches the one with weight 3 has three times as much."""
+    policy = GatedPolicy()
+    async with serving(policy=policy, max_batch_tokens=40, tenant_weights=("heavy=3",)) as engine:
+        for tenant in ("heavy", "light"):
+            await add(engine, tenant, factory.tenant("affine"))
+        done: list[str] = []
+
+        async def ask(tenant):
+            await engine.embed(tenant, ["no"])
+            done.append(tenant)
+
+        policy.open = False
+        tasks = [asyncio.create_task(ask(tenant)) for _ in range(40) for tenant in ("light", "heavy")]
+        await waiting(engine, 80)
+        policy.open = True
+        await asyncio.gather(*tasks)
+    assert 0.65 <= done[:40].count("heavy") / 40 <= 0.85
+
+
 async def test_a_method_the_tenant_does_not_serve(serving, factory):
     async with serving() as engine:
         await add(engine, "c", factory.tenant("lora"))

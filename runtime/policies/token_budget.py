@@ -1,0 +1,127 @@
+"""Batches within a token budget, in any order of requests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from runtime.policies.orders import Order
+from runtime.request import Batch, BatchPlan, Slice, TenantKey, Waiting
+from runtime.scheduler import View
+
+__all__ = ["TokenBudget", "expired", "prefetched", "wake_s"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenBudget:
+    """One batch a plan, filled in the order given. O(budget) a plan, whatever waits, if the order is.
+
+    A request may be split between its inputs. An input longer than the budget runs alone. The slices of one tenant
+    module are neighbours.
+
+    While one batch runs, the next is held back until it is full or the running one is about to end (`lead_s`
+    and what the other lanes need for it before), so that it is as large as the traffic allows and the compute lane
+    still never waits for it.
+
+    packing: else a batch is of one request, as in textbooks. window_s: a batch that is not full waits so long for
+    others, from the arrival of the oldest, even if nothing runs. max_in_flight: batches launched at once. max_loading:
+    modules on their way at once. max_misses: how many requests in a row may not fit before the batch counts as full.
+    """
+
+    order: Order
+    packing: bool = True
+    window_s: float = 0.0
+    max_in_flight: int = 2
+    max_loading: int = 16
+    lead_s: float = 0.002
+    max_misses: int = 8
+
+    def plan(self, view: View) -> BatchPlan:
+        expire = tuple(expired(view))
+        slices: tuple[Slice, ...] = ()
+        launch_s = self._launch_s(view)
+        if launch_s <= view.now_s:
+            slices = self._fill(view)
+        return BatchPlan(
+            batches=(Batch(slices),) if slices else (),
+            prefetch=prefetched(view, self.max_loading),
+            expire=expire,
+            wake_s=wake_s(view, len(expire), launch_s),
+        )
+
+    def _launch_s(self, view: View) -> float:
+        """When the next batch should be launched; infinite: not before the next event."""
+        if not view.ready or view.in_flight >= self.max_in_flight:
+            return math.inf
+        if view.ready_tokens >= view.max_batch_tokens:
+            return view.now_s
+        if view.in_flight == 0:
+            return max(view.now_s, view.waiting[view.ready[0]].arrival_s + self.window_s)
+        if view.busy_until_s is None:
+            return view.now_s
+        return max(view.now_s, view.busy_until_s - view.ahead_s - self.lead_s)
+
+    def _fill(self, view: View) -> tuple[Slice, ...]:
+        counts: dict[int, int] = {}
+        room, misses = view.max_batch_tokens, 0
+        for request_id, limit in self.order(view):
+            request, taken = view.waiting[request_id], counts.get(request_id, 0)
+            if request.deadline_s is not None and request.deadline_s <= view.now_s:
+                continue
+            if not self.packing and counts and request_id not in counts:
+                break
+            count, tokens = _fitting(request.lengths, taken, limit, room, alone=not counts)
+            if count > taken:
+                counts[request_id] = count
+                room, misses = room - tokens, 0
+            elif taken < len(request.lengths):
+                misses += 1
+            if room <= 0 or misses > self.max_misses:
+                break
+        return _grouped(view.waiting, counts)
+
+
+def prefetched(view: View, max_loading: int) -> tuple[TenantKey, ...]:
+    """Modules to bring in next: those waited for longest."""
+    room = max_loading - len(view.loading)
+    if room <= 0 or not view.cold:
+        return ()
+    wanted = (ids for digest, ids in view.cold.items() if digest not in view.loading)
+    return tuple(view.waiting[next(iter(ids))].key for ids in islice(wanted, room))
+
+
+def expired(view: View) -> Iterator[int]:
+    """Requests whose deadline passed."""
+    for deadline_s, request_id in view.deadlines:
+        if deadline_s > view.now_s:
+            return
+        yield request_id
+
+
+def wake_s(view: View, num_expired: int, launch_s: float) -> float | None:
+    """The next deadline or the launch of a held-back batch, whichever comes first; always later than now."""
+    times = [deadline_s for deadline_s, _ in view.deadlines[num_expired : num_expired + 1]]
+    if view.now_s < launch_s < math.inf:
+        times.append(launch_s)
+    return min(times, default=None)
+
+
+def _fitting(lengths: Sequence[int], taken: int, limit: int | None, room: int, *, alone: bool) -> tuple[int, int]:
+    """(inputs in the batch, tokens added) when up to `limit` inputs go in after the first `taken` ones."""
+    count, tokens = taken, 0
+    for length in islice(lengths, taken, limit):
+        if tokens + length > room and not (alone and count == 0):
+            break
+        count, tokens = count + 1, tokens + length
+    return count, tokens
+
+
+def _grouped(waiting: Mapping[int, Waiting], counts: Mapping[int, int]) -> tuple[Slice, ...]:
+    """Slices with those of one module side by side, modules in order of their first slice."""
+    groups: dict[str, list[Slice]] = {}
+    for request_id, count in counts.items():
+        request = waiting[request_id]
+        groups.setdefault(request.key.digest, []).append(Slice(request_id, request.first, request.first + count))
+    return tuple(piece for group in groups.values() for piece in group)

@@ -1,0 +1,227 @@
+"""Laws that every policy keeps, over random queues, and the orders and shares by hand."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from runtime.policies.named import DEFAULT, POLICIES, batch_policy
+from runtime.policies.orders import EarliestDeadline, FairShares, ResponseRatio, ShortestFirst
+from runtime.policies.token_budget import TokenBudget
+from runtime.shares import Shares
+from tests.fakes import Line, slices
+from vbert.errors import ConfigError
+
+MINE = ("interactive", 1.0)
+FAIR = POLICIES[DEFAULT]()
+
+
+requests = st.lists(
+    st.tuples(
+        st.lists(st.integers(1, 150), min_size=1, max_size=6),
+        st.sampled_from("abcd"),
+        st.one_of(st.none(), st.floats(0.01, 20.0)),
+        st.booleans(),
+        st.sampled_from(["interactive", "batch"]),
+        st.sampled_from([0.5, 1.0, 3.0]),
+    ),
+    max_size=40,
+)
+
+
+def filled(entries, **kwargs) -> Line:
+    line = Line(**kwargs)
+    for lengths, tenant, deadline_s, cold, priority, weight in entries:
+        name = tenant + "-cold" * cold
+        line.put(*lengths, tenant=name, deadline_s=deadline_s, cold=cold, priority=priority, weight=weight)
+    return line
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@settings(max_examples=30)
+@given(requests, st.floats(0.0, 10.0), st.sampled_from([None, 50.0, 5000.0]))
+@example(
+    [([1], "a", 1.0, False, *MINE), ([47], "a", None, False, *MINE), ([54], "a", 2.0, False, *MINE)], 1.0, 50.0
+)  # the oldest is late
+def test_one_plan_keeps_every_law(name, entries, now_s, tokens_per_s):
+    policy, line = POLICIES[name](), filled(entries, tokens_per_s=tokens_per_s)
+    line.now_s = now_s
+    plan = policy.plan(line.view())
+    assert plan == policy.plan(line.view())  # the same view, the same plan: nothing was changed by planning
+    pieces = slices(plan)
+    waiting = line.queue.waiting
+    assert len({piece.request_id for piece in pieces}) == len(pieces)
+    lengths = [length for piece in pieces for length in waiting[piece.request_id].lengths[: piece.last - piece.first]]
+    assert sum(lengths) <= line.max_batch_tokens or len(lengths) == 1
+    tenants = [waiting[piece.request_id].key.digest for piece in pieces]
+    assert len({*tenants}) == sum(a != b for a, b in zip(tenants, ["", *tenants], strict=False))
+    assert all(tenant in line.resident for tenant in tenants)
+    assert all(key.digest not in line.resident for key in plan.prefetch)
+    assert set(plan.expire) == {i for d, i in line.queue.deadlines if d <= now_s}
+    assert not {piece.request_id for piece in pieces} & set(plan.expire)
+    assert plan.wake_s is None or plan.wake_s > now_s
+    ready = [waiting[i] for i in line.queue.ready if i not in plan.expire]
+    assert bool(ready) == bool(pieces) or policy.window_s  # which waits for others first
+    if ready and name in ("fair", "urgent"):
+        assert ready[0].request_id in {piece.request_id for piece in pieces}  # so nobody can starve
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@given(requests)
+@settings(max_examples=20)
+def test_everything_that_can_run_runs_exactly_once(name, entries):
+    line = filled([(lengths, tenant, None, *rest) for lengths, tenant, _, *rest in entries])
+    policy = POLICIES[name]()
+    wanted = sorted(i for i, request in line.queue.waiting.items() for _ in request.lengths)
+    ran: list[int] = []
+    for _ in range(len(wanted) + 10):
+        plan = policy.plan(line.view())
+        ran += line.apply(plan)
+        line.now_s += 1.0
+        line.arrive(line.loading)
+    assert sorted(ran) == wanted
+    assert (line.queue.num_inputs, line.queue.num_tokens, line.queue.ready_tokens) == (0, 0, 0)
+
+
+# ---- orders by hand ------------------------------------------------------------------------------------------------
+
+
+def order(rule, line):
+    return [request_id for request_id, _ in rule(line.view())]
+
+
+def test_textbook_orders():
+    """Arrived at 0, 0, 0 and 4 s with 40, 10, 20 and 5 tokens, due at -, 9, 5 and 7 s. At 10 tokens a second and 8 s
+    the response ratios are 8 / 4, 8 / 1, 8 / 2 and 4 / 0.5 (and of equals the first goes first)."""
+    line = Line(tokens_per_s=10.0)
+    a, b, c = line.put(40), line.put(10, deadline_s=9.0), line.put(20, deadline_s=5.0)
+    line.now_s = 4.0
+    d = line.put(5, deadline_s=7.0)
+    assert order(ShortestFirst(), line) == [d, b, c, a]
+    assert order(EarliestDeadline(), line) == [c, d, b, a]
+    line.now_s = 8.0
+    assert order(ResponseRatio(), line) == [b, d, c, a]
+
+
+def test_without_packing_a_batch_is_of_one_request():
+    line = Line()
+    first, second = line.put(10, 10), line.put(10, 10)
+    policy = batch_policy("fcfs")
+    for request_id in (first, second):
+        assert {piece.request_id for piece in slices(policy.plan(line.view()))} == {request_id}
+        assert line.apply(policy.plan(line.view())) == [request_id] * 2
+
+
+def test_a_window_waits_for_others_until_the_batch_is_full_or_the_oldest_waited():
+    line, policy = Line(), batch_policy("hrrn-packing")
+    line.put(10)
+    plan = policy.plan(line.view())
+    assert (slices(plan), plan.wake_s) == ([], pytest.approx(0.1))
+    line.now_s = plan.wake_s
+    assert len(slices(policy.plan(line.view()))) == 1
+    line.now_s = 0.05
+    line.put(90)
+    assert len(slices(policy.plan(line.view()))) == 2
+
+
+def test_an_unknown_policy_is_refused_with_those_there_are():
+    with pytest.raises(ConfigError, match="'lifo'; use one of fair, urgent, fcfs"):
+        batch_policy("lifo")
+
+
+# ---- shares --------------------------------------------------------------------------------------------------------
+
+
+def test_counters_by_hand():
+    """Two requests of 10 tokens of a, then one of b with weight 2; a third of a comes when b was served."""
+    shares = Shares()
+    assert [shares.join("a", 10, 1.0), shares.join("a", 10, 1.0), shares.join("b", 10, 2.0)] == [0, 10, 0]
+    assert shares.join("b", 10, 2.0) == 5
+    shares.served(10)
+    assert shares.join("c", 10, 1.0) == 10  # nothing is saved up
+    assert shares.join("a", 10, 1.0) == 20
+
+
+def test_counters_of_who_is_behind_are_forgotten():
+    shares = Shares()
+    for i in range(5000):
+        shares.join(f"t{i}", 10, 1.0)
+        shares.served(20.0 * i)
+    assert len(shares._until) < 2100
+
+
+def served_tokens(line, policy, rounds):
+    """Tokens by tenant of so many batches."""
+    counts: dict[str, int] = {}
+    for _ in range(rounds):
+        waiting = dict(line.queue.waiting)
+        for request_id in line.apply(policy.plan(line.view())):
+            counts[waiting[request_id].key.tenant] = counts.get(waiting[request_id].key.tenant, 0) + 10
+    return counts
+
+
+def test_who_sends_most_gets_no_more_and_weights_are_kept():
+    line = Line(max_batch_tokens=100)
+    for _ in range(1000):
+        line.put(10, tenant="many")
+    for _ in range(200):
+        line.put(10, tenant="few")
+        line.put(10, tenant="double", weight=2.0)
+    counts = served_tokens(line, FAIR, 40)
+    assert counts == {"few": 1000, "double": 2000, "many": 1000}
+
+
+def test_who_comes_back_has_saved_nothing_up():
+    line = Line(max_batch_tokens=100)
+    for _ in range(100):
+        line.put(10, tenant="always")
+    line.put(10, tenant="sometimes")
+    served_tokens(line, FAIR, 8)
+    for _ in range(100):
+        line.put(10, tenant="always")
+        line.put(10, tenant="sometimes")
+    counts = served_tokens(line, FAIR, 8)
+    assert counts["sometimes"] <= 400
+
+
+def test_interactive_goes_first_and_batch_gets_its_part():
+    line = Line(max_batch_tokens=100)
+    line.put(10, tenant="a")
+    for _ in range(200):
+        line.put(10, tenant="b", priority="batch")
+        line.put(10, tenant="a")
+    counts = served_tokens(line, FAIR, 20)
+    assert 20 * 10 <= counts["b"] <= 20 * 20  # a tenth of each batch, and one input of the oldest where that is its own
+    for _ in range(40):
+        served_tokens(line, FAIR, 1)
+    assert not line.queue.waiting
+
+
+def test_a_short_deadline_takes_nobodys_share():
+    """Both are short of time, but the many are far ahead of the others: the one request of the other goes first."""
+    line = Line(max_batch_tokens=20, tokens_per_s=100.0)
+    line.put(10, tenant="other", deadline_s=60.0)
+    many = [line.put(10, tenant="many", deadline_s=0.5) for _ in range(20)]
+    calm = line.put(10, tenant="calm", deadline_s=60.0)
+    line.apply(FAIR.plan(line.view()))
+    assert [i for i, _ in FAIR.order(line.view())][:4] == [many[1], many[1], many[2], calm]
+    assert FairShares(ahead=100.0).batch_part == 0.1
+
+
+STARVING = {"sjf", "sjf-packing"}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_long_request_starves_only_with_the_shortest_first(name):
+    """Each round brings as many short requests as fit, all of another tenant and due before it."""
+    line, policy = Line(max_batch_tokens=20, tokens_per_s=20.0), POLICIES[name]()
+    long = line.put(20, tenant="long", deadline_s=30.0)
+    for _ in range(60):
+        line.now_s += 1.0
+        for _ in range(2):
+            line.put(10, tenant="short", deadline_s=line.now_s + 25.0)
+        if long in line.apply(policy.plan(line.view())):
+            break
+    assert (long in line.queue.waiting or line.now_s >= 30) == (name in STARVING)
+    assert isinstance(policy, TokenBudget)
