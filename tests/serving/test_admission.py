@@ -74,7 +74,7 @@ async def test_a_tenant_with_more_weight_gets_on_faster(serving, factory):
         done: list[str] = []
 
         async def ask(tenant):
-            await engine.embed(tenant, ["no"])
+            await engine.classify(tenant, ["no"])
             done.append(tenant)
 
         policy.open = False
