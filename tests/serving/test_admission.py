@@ -71,6 +71,7 @@ async def test_a_tenant_with_more_weight_gets_on_faster(serving, factory):
     async with serving(policy=policy, max_batch_tokens=40, tenant_weights=("heavy=3",)) as engine:
         for tenant in ("heavy", "light"):
             await add(engine, tenant, factory.tenant("lora"))
+            await engine.classify(tenant, ["no"])  # its module is in memory
         done: list[str] = []
 
         async def ask(tenant):
