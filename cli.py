@@ -1,5 +1,5 @@
-"""The `vbert` command: serve, tenants, train, distill, ngrams, profile, bench, keys. Each is a module of commands/,
-imported when it is run.
+"""The `vbert` command: serve, tenants, train, distill, ngrams, profile, simulate, bench, keys. Each is a module of
+commands/, imported when it is run.
 
 Results go to stdout, as a table or with --json as one JSON value; progress and errors go to stderr. An error is one
 line and exit code 2, also where a part of a bulk import was refused.
@@ -25,6 +25,7 @@ _COMMANDS = {
     "distill": "make a skip backbone of a plain one, or adapt one to a domain",
     "ngrams": "build, merge, prune and look into tables of n-grams for a skip backbone",
     "profile": "measure what this machine takes for what a server does",
+    "simulate": "put requests, recorded or made up, through policies in virtual time",
     "bench": "run a benchmark by name; its own flags follow",
     "keys": "make an API key for `vbert serve --keys FILE`",
 }

@@ -90,6 +90,7 @@ class EngineConfig:
     )
     cuda_graphs: str = option("off", "on or off: on a GPU, replay CUDA graphs of batches that come often")
     trace: str = option("", "write a Chrome trace of the lanes to this file")
+    record: str = option("", "write a log of all requests, without their texts, to this file, for `vbert simulate`")
     profile: str = option(
         "", "file of `vbert profile`, or a folder that has it or gets it at start; vbert serve: the user's cache folder"
     )

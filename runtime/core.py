@@ -28,6 +28,7 @@ from runtime.pending import Pending
 from runtime.pipeline import Pipeline
 from runtime.pressure import MemoryPressure
 from runtime.registrar import Registrar
+from runtime.request_log import Offered
 from runtime.residency import residency_policy
 from runtime.scheduler import BatchPolicy
 from runtime.selftest import SelfTester
@@ -92,8 +93,11 @@ class Core:
             serves=parts.serves,
             is_ready=lambda digest: self.manager.is_ready(digest),
             rate=lambda: self.pipeline.tokens_per_s(config.max_batch_tokens),
+            running_s=lambda: max(0.0, (self.pipeline.busy_until_s or 0.0) - clock.now_s()),
+            before=lambda request: policy.before(self.loop.view(), request),
             pressure=lambda: self.pipeline.pressure.refusal,
             wake=event.set,
+            record=self._record,
             paths=self._paths,
             exits=ExitRules(config.exit_thresholds),
             weights=WeightRules(config.tenant_weights),
@@ -177,6 +181,13 @@ class Core:
         )
         await learner.run()
 
+    def _record(self, pending: Pending, outcome: str) -> None:
+        if (recorder := self.parts.recorder) is not None:
+            lengths = tuple(len(encoded.token_ids) for encoded in pending.encoded)
+            allowed_s = None if pending.deadline_s is None else pending.deadline_s - pending.arrival_s
+            request = Offered(pending.arrival_s, pending.served.key.tenant, lengths, allowed_s, pending.priority)
+            recorder.add(request, outcome, pending.timings.total_s if outcome == "ok" else None)
+
     def _scope(self, pending: Pending) -> bytes | None:
         """Canaries and self-tests, which prove that the backbone computes, take no part."""
         if pending.caller == CANARY:
@@ -201,6 +212,8 @@ class Core:
             await asyncio.sleep(self.config.canary_interval_s)
             await self.health.canary()
             await self.collect_garbage()
+            if self.parts.recorder is not None:
+                self.parts.recorder.flush()
 
     async def prefetch(self, tenants: Iterable[str]) -> dict[str, bool]:
         """Which of the tenants are in memory now, after those that are not were brought in as far as room is free.

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import accumulate, pairwise
+from operator import itemgetter
 from statistics import median
 from typing import Any
 
@@ -104,18 +105,23 @@ class CostModel:
 
     conditions: Conditions
     curves: Mapping[str, Curve]
+    _forwards: list[tuple[int, Curve]] = field(init=False, default_factory=list)  # by length, the shortest first
 
-    def forward_s(self, tokens: int, length: int = TYPICAL_LENGTH) -> float:
+    def __post_init__(self) -> None:
+        named = [(name.removeprefix("forward/"), curve) for name, curve in self.curves.items()]
+        self._forwards.extend(sorted((int(name), curve) for name, curve in named if name.isdigit()))
+
+    def forward_s(self, tokens: int, length: float = TYPICAL_LENGTH) -> float:
         """A batch of `tokens` in sequences of `length`. Between measured lengths linear, as attention is per token;
         below the shortest as that one, above the longest along the last two."""
-        curves = self._forward_curves()
-        lengths = [each for each, _ in curves]
-        seconds = [curve.seconds(tokens) for _, curve in curves]
-        if length <= lengths[0] or len(lengths) == 1:
-            return seconds[0]
-        i = min(bisect_left(lengths, length), len(lengths) - 1)
-        told = _between(length, lengths[i - 1], seconds[i - 1], lengths[i], seconds[i])
-        return max(told, seconds[i]) if length > lengths[-1] else told
+        curves = self._forwards
+        if length <= curves[0][0] or len(curves) == 1:
+            return curves[0][1].seconds(tokens)
+        i = min(bisect_left(curves, length, key=itemgetter(0)), len(curves) - 1)
+        (shorter, below), (longer, above) = curves[i - 1], curves[i]
+        seconds = above.seconds(tokens)
+        told = _between(length, shorter, below.seconds(tokens), longer, seconds)
+        return max(told, seconds) if length > longer else told
 
     def load_s(self, num_bytes: int, tier: str = "warm") -> float:
         """Bringing in a module that takes `num_bytes` in memory. tier: `warm`, its file is in the page cache, or
@@ -168,21 +174,14 @@ class CostModel:
             raise CorruptFile(f"the profile is malformed ({error!r}); {_REMEDY}") from error
         for name in ("load/warm", "load/cold", "self_test", f"gather_rows/{model.conditions.hidden}"):
             model._curve(name)
-        model._forward_curves()
+        if not model._forwards:
+            raise CorruptFile(f"the profile has no curve 'forward/LENGTH', it has {', '.join(model.curves)}; {_REMEDY}")
         return model
 
     def _curve(self, name: str) -> Curve:
         if name not in self.curves:
             raise CorruptFile(f"the profile has no curve {name!r}, it has {', '.join(self.curves)}; {_REMEDY}")
         return self.curves[name]
-
-    def _forward_curves(self) -> list[tuple[int, Curve]]:
-        """By length, the shortest first."""
-        named = [(name.removeprefix("forward/"), curve) for name, curve in self.curves.items()]
-        found = sorted((int(name), curve) for name, curve in named if name.isdigit())
-        if not found:
-            raise CorruptFile(f"the profile has no curve 'forward/LENGTH', it has {', '.join(self.curves)}; {_REMEDY}")
-        return found
 
 
 def _between(x: float, x0: float, y0: float, x1: float, y1: float) -> float:

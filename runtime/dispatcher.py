@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +26,7 @@ from runtime.inputs import check_inputs, check_method, in_chunks
 from runtime.metrics import Metrics
 from runtime.paths import PathRules
 from runtime.pending import Pending
-from runtime.request import PRIORITIES, Input, Served, Slice
+from runtime.request import PRIORITIES, Input, Served, Slice, Waiting
 from runtime.room import Room
 from runtime.waiting import WaitingQueue
 from runtime.weight_rules import WeightRules
@@ -56,9 +56,9 @@ class Terms:
 @dataclass(kw_only=True, eq=False)
 class Dispatcher:
     """serves: what a tenant's active version serves, or raises. is_ready: whether a module is in memory, or raises what
-    is wrong with it. rate: measured tokens per second, None before the first batch. pressure: why nothing is admitted
-    for a moment. wake: called when requests came or
-    left."""
+    is wrong with it. rate: measured tokens per second, None before the first batch. running_s: how long what runs will
+    take. before: tokens that wait and go before a request. pressure: why nothing is admitted for a moment. wake: called
+    when requests came or left. record: of every request that was tokenised, with its outcome."""
 
     config: EngineConfig
     tokenizer: Tokenizer
@@ -66,8 +66,11 @@ class Dispatcher:
     serves: Callable[[str], Served]
     is_ready: Callable[[str], bool]
     rate: Callable[[], float | None]
+    running_s: Callable[[], float]
+    before: Callable[[Waiting], int]
     pressure: Callable[[], VbertError | None]
     wake: Callable[[], None]
+    record: Callable[[Pending, str], None]
     paths: PathRules
     exits: ExitRules
     weights: WeightRules
@@ -84,6 +87,7 @@ class Dispatcher:
             self.queue,
             max_inputs=self.config.max_queue_inputs,
             caller_share=self.config.max_caller_share,
+            batch_tokens=self.config.max_batch_tokens,
             rate=self.rate,
         )
         self._open: dict[int, Pending] = {}
@@ -100,9 +104,11 @@ class Dispatcher:
         Cancelling the caller takes the request out of the queue. Raises every BadRequest and Overloaded there is, and
         what loading or computing the tenant raised.
         """
-        outcome = "internal_error"
+        outcome, pending = "internal_error", None
         try:
-            pending = await self._submit(method, tenant, inputs, terms)
+            with ExitStack() as living:
+                pending = await self._admit(method, tenant, inputs, terms, living)
+                await self._answer(pending)
             outcome = "ok"
             self._count(pending)
             return pending
@@ -114,6 +120,8 @@ class Dispatcher:
             raise
         finally:
             self.metrics.requests[method if terms.caller != CANARY else CANARY, outcome] += 1
+            if pending is not None and terms.caller != CANARY:
+                self.record(pending, outcome)
             if not self.num_open:
                 self._empty.set()
 
@@ -180,7 +188,8 @@ class Dispatcher:
 
     # ---- admission -------------------------------------------------------------------------------------------------
 
-    async def _submit(self, method: str, tenant: str, inputs: Any, terms: Terms) -> Pending:
+    async def _admit(self, method: str, tenant: str, inputs: Any, terms: Terms, living: ExitStack) -> Pending:
+        """Checked and tokenised, not in the queue yet. living: until it ends, the tenant's file stays."""
         arrival_s = self.clock.now_s()
         pressure = None if terms.caller == CANARY else self.pressure()
         if (refusal := self.refusal or pressure) is not None:
@@ -197,35 +206,46 @@ class Dispatcher:
         inputs = list(inputs)
         _check_priority(terms.priority)
         deadline_s = arrival_s + _checked_deadline(terms.deadline_s, self.config.default_deadline_s)
-        with self._living(served.key.digest):
-            self._room.check(terms.caller, len(inputs))
-            if num_chars <= _INLINE_CHARS:
-                encoded = self._encode(method, served, terms, inputs)
-            else:
-                with self._room.aside(terms.caller, len(inputs)):
-                    encoded = await self._encode_aside(method, served, terms, inputs, deadline_s)
-            pending = Pending(
-                request_id=next(self._ids),
-                method=method,
-                served=served,
-                caller=terms.caller,
-                inputs=inputs,
-                encoded=encoded,
-                may_take=paths,
-                exit_above=exit_above,
-                arrival_s=arrival_s,
-                enqueued_s=self.clock.now_s(),
-                deadline_s=deadline_s,
-                priority=terms.priority,
-                weight=self.weights.weight(tenant),
-                future=asyncio.get_running_loop().create_future(),
-            )
-            self._enqueue(pending)
-            try:
-                await pending.future
-            finally:
-                self._close(pending)
-        return pending
+        living.enter_context(self._living(served.key.digest))
+        self._room.check(terms.caller, len(inputs))
+        if num_chars <= _INLINE_CHARS:
+            encoded = self._encode(method, served, terms, inputs)
+        else:
+            with self._room.aside(terms.caller, len(inputs)):
+                encoded = await self._encode_aside(method, served, terms, inputs, deadline_s)
+        return Pending(
+            request_id=next(self._ids),
+            method=method,
+            served=served,
+            caller=terms.caller,
+            inputs=inputs,
+            encoded=encoded,
+            may_take=paths,
+            exit_above=exit_above,
+            arrival_s=arrival_s,
+            enqueued_s=self.clock.now_s(),
+            deadline_s=deadline_s,
+            priority=terms.priority,
+            weight=self.weights.weight(tenant),
+            future=asyncio.get_running_loop().create_future(),
+        )
+
+    async def _answer(self, pending: Pending) -> None:
+        """Through the queue. Raises what became of it."""
+        if pending.caller != CANARY:
+            self._check_time(pending)
+        self._enqueue(pending)
+        try:
+            await pending.future
+        finally:
+            self._close(pending)
+
+    def _check_time(self, pending: Pending) -> None:
+        """Raises DeadlineUnreachable, DeadlineExceeded."""
+        assert pending.deadline_s is not None
+        waiting = pending.as_waiting()
+        left_s = pending.deadline_s - pending.enqueued_s
+        self._room.check_deadline(waiting.tokens, left_s, self.running_s(), lambda: self.before(waiting))
 
     def _enqueue(self, pending: Pending) -> None:
         if self._abandoned is not None:

@@ -3,6 +3,7 @@
 Overloaded
 |-- QueueFull           the caller's own share of the queue is full (HTTP 429)
 |-- ServerFull          the whole queue is full (HTTP 503)
+|-- DeadlineUnreachable too much waits for the answer to be in time; nothing was begun (HTTP 503)
 |-- Draining            the engine is stopping and takes nothing new (HTTP 503)
 `-- DeadlineExceeded    the answer would come too late; the request was not computed, or not to the end (HTTP 504)
 BadRequest
@@ -21,6 +22,7 @@ from vbert.errors import BadRequest, Overloaded, VbertError
 __all__ = [
     "ComputeFailed",
     "DeadlineExceeded",
+    "DeadlineUnreachable",
     "Draining",
     "InvalidTenantId",
     "ModuleTooLarge",
@@ -46,6 +48,10 @@ class QueueFull(_RetryLater):
 
 class ServerFull(_RetryLater):
     code = "server_full"
+
+
+class DeadlineUnreachable(_RetryLater):
+    code = "deadline_unreachable"
 
 
 class Draining(_RetryLater):

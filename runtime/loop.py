@@ -65,6 +65,7 @@ class ServingLoop:
             deadlines=queue.deadlines,
             ready_deadlines=queue.ready_deadlines,
             shares=queue.shares,
+            tag=queue.tag,
             cold=queue.cold,
             loading=self.manager.loading,
             in_flight=pipeline.in_flight,

@@ -15,6 +15,7 @@ from runtime.cost import CostModel
 from runtime.lower_stores import LowerStores
 from runtime.open_stores import open_stores
 from runtime.own_profile import own_profile
+from runtime.recorder import Recorder
 from runtime.request import Served, TenantKey
 from runtime.store import TenantStore
 from runtime.streams import Device, open_device
@@ -47,6 +48,7 @@ class Parts:
     words: MappedRows | None
     device: Device
     trace: Trace | None
+    recorder: Recorder | None
     arena: Arena
     host_arena: Arena | None
     stores: LowerStores
@@ -58,6 +60,8 @@ class Parts:
         """After the last batch."""
         if self.trace is not None:
             self.trace.close()
+        if self.recorder is not None:
+            self.recorder.close()
         self.device.close()
         self.store.close()
 
@@ -126,9 +130,15 @@ def load_parts(config: EngineConfig, clock: Clock) -> Parts:
             store=store,
             canary=make_self_tests(backbone, None, tokenizer, texts=("ok",))[0],
             cost=cost,
+            recorder=_recorder(config, name, clock) if config.record else None,
         )
         undo.pop_all()
     return parts
+
+
+def _recorder(config: EngineConfig, name: str, clock: Clock) -> Recorder:
+    told = ("policy", "max_batch_tokens", "max_queue_inputs", "default_deadline_s", "module_budget_bytes")
+    return Recorder(config.record, {"name": name} | {option: getattr(config, option) for option in told}, clock)
 
 
 def _arenas(config: EngineConfig, model: Model, device: Device, skip: Skip | None) -> tuple[Arena, Arena | None]:

@@ -39,8 +39,9 @@ def make_folder(folder: Path) -> None:
         raise ConfigError(f"the folder {folder} cannot be written; change its rights, or give another place")
 
 
-def read_profile(path: Path, here: Conditions) -> CostModel:
-    """Raises ConfigError (cannot be read, or measured elsewhere: all that differs is named), CorruptFile."""
+def read_profile(path: Path, here: Conditions | None = None) -> CostModel:
+    """here: what it must hold for; None: any machine will do. Raises ConfigError (cannot be read, or measured
+    elsewhere: all that differs is named), CorruptFile."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except OSError as error:
@@ -48,7 +49,8 @@ def read_profile(path: Path, here: Conditions) -> CostModel:
     except ValueError as error:
         raise CorruptFile(f"the profile {path} is not JSON ({error}); run `vbert profile` again") from error
     model = CostModel.from_json(value)
-    model.conditions.check(here, str(path))
+    if here is not None:
+        model.conditions.check(here, str(path))
     return model
 
 

@@ -1,4 +1,4 @@
-"""Whether the queue has room: a bound for each caller, a bound for all, and when to come back."""
+"""Whether there is room in the queue, a bound for each caller and one for all, and time; and when to come back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from runtime.errors import QueueFull, RequestTooLarge, ServerFull
+from runtime.errors import DeadlineExceeded, DeadlineUnreachable, QueueFull, RequestTooLarge, ServerFull
 from runtime.waiting import WaitingQueue
 
 __all__ = ["Room"]
@@ -19,13 +19,19 @@ class Room:
 
     Args:
         max_inputs: of all callers together.  caller_share: part of it that one caller may fill.
-        rate: measured tokens per second, None before the first batch.
+        rate: measured tokens per second, None before the first batch.  batch_tokens: of a full batch.
     """
 
     def __init__(
-        self, queue: WaitingQueue, *, max_inputs: int, caller_share: float, rate: Callable[[], float | None]
+        self,
+        queue: WaitingQueue,
+        *,
+        max_inputs: int,
+        caller_share: float,
+        batch_tokens: int,
+        rate: Callable[[], float | None],
     ) -> None:
-        self._queue, self._max, self._rate = queue, max_inputs, rate
+        self._queue, self._max, self._batch_tokens, self._rate = queue, max_inputs, batch_tokens, rate
         self._share = max(1, int(max_inputs * caller_share))
         self._aside: Counter[str] = Counter()  # inputs by caller that are admitted and not in the queue yet
 
@@ -46,6 +52,30 @@ class Room:
             raise ServerFull(
                 f"{everyone} inputs wait, {self._max} may; send {num_inputs} more later",
                 retry_after_s=self._retry_after_s(everyone + num_inputs - self._max, everyone),
+            )
+
+    def check_deadline(self, tokens: int, left_s: float, running_s: float, before: Callable[[], int]) -> None:
+        """Whether an answer that is wanted in left_s seconds can be in time, at the measured speed.
+
+        running_s: what runs will take. before: tokens that would go first. Raises DeadlineUnreachable, or
+        DeadlineExceeded where the request alone takes too long.
+        """
+        rate = self._rate()
+        if rate is None or running_s + (self._queue.num_tokens + tokens + self._batch_tokens) / rate <= left_s:
+            return
+        if tokens / rate > left_s:
+            raise DeadlineExceeded(
+                f"{tokens} tokens take {tokens / rate:.3g} s at the present speed, {max(0.0, left_s):.3g} s are left; "
+                "allow more time or send less at once"
+            )
+        tokens += before()
+        if tokens > self._batch_tokens:  # then its batch will be full, too, and all of it is answered when it ends
+            tokens = -(-tokens // self._batch_tokens) * self._batch_tokens
+        needs_s = running_s + tokens / rate
+        if needs_s > left_s:
+            raise DeadlineUnreachable(
+                f"an answer would take {needs_s:.3g} s, {max(0.0, left_s):.3g} s are left; ask later or allow more",
+                retry_after_s=needs_s - left_s,
             )
 
     @contextmanager

@@ -18,11 +18,11 @@ class View:
 
     waiting: requests with inputs still to run, by id. ready: ids whose module is in memory, by arrival; ready_tokens:
     all their tokens. deadlines: (deadline, id) of every unanswered request, ready_deadlines: of the ready ones, both
-    earliest first. shares: (tag, id, tokens) of the ready ones by priority, the lowest tag first (runtime/shares.py).
-    cold: ids by digest of modules not in memory, the longest waiting first; loading: digests on their
-    way. in_flight: batches launched and not finished; busy_until_s: when the last of them should end, None if unknown.
-    tokens_per_s: measured, None before the first batch; batch_s: seconds of a batch of so many tokens, likewise.
-    ahead_s: what the lanes do for a batch before it computes.
+    earliest first. shares: (tag, id, tokens) of the ready ones by priority, the lowest tag first (runtime/shares.py);
+    tag: that a request would get if it came now. cold: ids by digest of modules not in memory, the longest waiting
+    first; loading: digests on their way. in_flight: batches launched and not finished; busy_until_s: when the last of
+    them should end, None if unknown. tokens_per_s: measured, None before the first batch; batch_s: seconds of a batch
+    of so many tokens, likewise. ahead_s: what the lanes do for a batch before it computes.
     """
 
     now_s: float
@@ -32,6 +32,7 @@ class View:
     deadlines: Sequence[tuple[float, int]]
     ready_deadlines: Sequence[tuple[float, int]]
     shares: Mapping[str, Sequence[tuple[float, int, int]]]
+    tag: Callable[[Waiting], float]
     cold: Mapping[str, Collection[int]]
     loading: Collection[str]
     in_flight: int
@@ -44,3 +45,6 @@ class View:
 
 class BatchPolicy(Protocol):
     def plan(self, view: View) -> BatchPlan: ...
+
+    def before(self, view: View, request: Waiting) -> int:
+        """Tokens that wait and would be computed before `request` if it came now and nobody came after it."""

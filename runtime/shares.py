@@ -23,9 +23,13 @@ class Shares:
         self._until: dict[str, float] = {}
         self._forget_at = _KEPT
 
+    def tag(self, tenant: str) -> float:
+        """That a request would get if it came now."""
+        return max(self.now, self._until.get(tenant, 0.0))
+
     def join(self, tenant: str, tokens: int, weight: float) -> float:
         """The tag of a request that arrives."""
-        tag = max(self.now, self._until.get(tenant, 0.0))
+        tag = self.tag(tenant)
         self._until[tenant] = tag + tokens / weight
         if len(self._until) > self._forget_at:
             self._until = {name: until for name, until in self._until.items() if until > self.now}

@@ -74,6 +74,10 @@ class WaitingQueue:
         """(tag, id, tokens when it came) of the ready requests by priority, the lowest tag first."""
         return self._ready_tags
 
+    def tag(self, request: Waiting) -> float:
+        """That the request would get if it came now."""
+        return self._shares[request.priority].tag(request.key.tenant)
+
     def inputs_of(self, caller: str) -> int:
         return self._inputs_of[caller]
 

@@ -67,6 +67,7 @@ class Line:
             deadlines=self.queue.deadlines,
             ready_deadlines=self.queue.ready_deadlines,
             shares=self.queue.shares,
+            tag=self.queue.tag,
             cold=self.queue.cold,
             loading=self.loading.keys(),
             in_flight=self.in_flight,
@@ -113,6 +114,9 @@ class GatedPolicy:
     def __init__(self, inner: BatchPolicy | None = None) -> None:
         self.inner = inner or batch_policy(DEFAULT)
         self.open = True
+
+    def before(self, view: View, request: Waiting) -> int:
+        return self.inner.before(view, request)
 
     def plan(self, view: View) -> BatchPlan:
         plan = self.inner.plan(view)

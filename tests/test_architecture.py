@@ -32,6 +32,7 @@ THIRD_PARTY = {
     "training": COMPUTE | {"rich"},
     "serve.py": HTTP | {"uvloop"},
     "commands": set(),
+    "commands/simulate.py": {"matplotlib"},
     "cli.py": set(),
 }
 # Folder or file -> parts of this project that it may import.
@@ -43,7 +44,7 @@ PROJECT = {
     "commands": {"vbert", "runtime", "training", "serve", "benchmarks", "commands"},
     "cli.py": {"vbert", "runtime", "commands"},
 }
-LAZY = {"cupy", "numba.cuda", "peft", "adapters", "transformers"}
+LAZY = {"cupy", "matplotlib", "numba.cuda", "peft", "adapters", "transformers"}
 # Inside vbert a module imports only from its own rank or a lower one, and never in a circle.
 VBERT_RANKS = (
     {"errors", "config", "tenant", "activations", "batch", "layout", "memory", "workspace", "feed", "skip"},

@@ -99,6 +99,7 @@ STATUS: dict[type[VbertError], int] = {
     computing.KernelUnavailable: 500,
     serving.QueueFull: 429,
     serving.ServerFull: 503,
+    serving.DeadlineUnreachable: 503,
     serving.Draining: 503,
     serving.DeadlineExceeded: 504,
     serving.RequestTooLarge: 413,

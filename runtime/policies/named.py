@@ -13,7 +13,7 @@ __all__ = ["DEFAULT", "POLICIES", "batch_policy"]
 
 DEFAULT = "fair"
 POLICIES: dict[str, Callable[[], BatchPolicy]] = {
-    "fair": lambda: TokenBudget(order=FairShares()),
+    "fair": lambda: TokenBudget(order=FairShares(), hopeless=False),
     "urgent": lambda: TokenBudget(order=UrgentFirst()),
     "fcfs": lambda: TokenBudget(order=Arrival(), packing=False),
     "sjf": lambda: TokenBudget(order=ShortestFirst(), packing=False),

@@ -7,11 +7,13 @@ limit. It is read only as far as a batch has room.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Protocol
 
+from runtime.request import Waiting
 from runtime.scheduler import View
 
 __all__ = [
@@ -31,6 +33,9 @@ _LOOKED_AT = 32  # of those with the earliest deadlines
 class Order(Protocol):
     def __call__(self, view: View) -> _Order: ...
 
+    def before(self, view: View, request: Waiting) -> int:
+        """As `BatchPolicy.before`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
@@ -38,6 +43,9 @@ class Arrival:
 
     def __call__(self, view: View) -> _Order:
         return ((i, None) for i in view.ready)
+
+    def before(self, view: View, request: Waiting) -> int:
+        return view.ready_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +56,10 @@ class ShortestFirst:
         waiting = view.waiting
         return ((i, None) for i in sorted(view.ready, key=lambda i: waiting[i].tokens))
 
+    def before(self, view: View, request: Waiting) -> int:
+        every = (view.waiting[i].tokens for i in view.ready)
+        return sum(tokens for tokens in every if tokens <= request.tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class EarliestDeadline:
@@ -57,6 +69,9 @@ class EarliestDeadline:
         waiting = view.waiting
         dated = (i for _, i in view.ready_deadlines)
         return ((i, None) for i in chain(dated, (i for i in view.ready if waiting[i].deadline_s is None)))
+
+    def before(self, view: View, request: Waiting) -> int:
+        return _due_before(view, request)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +86,9 @@ class ResponseRatio:
             return (now_s - request.arrival_s) / (view.batch_s(request.tokens) or request.tokens)
 
         return ((i, None) for i in sorted(view.ready, key=ratio, reverse=True))  # stable: of equals the first
+
+    def before(self, view: View, request: Waiting) -> int:
+        return view.ready_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +105,9 @@ class UrgentFirst:
         yield from _oldest(view)  # or urgent traffic could starve it
         yield from ((i, None) for i in self.urgent(view))
         yield from ((i, None) for i in view.ready)
+
+    def before(self, view: View, request: Waiting) -> int:
+        return _due_before(view, request)
 
     def urgent(self, view: View) -> list[int]:
         rate = view.tokens_per_s or math.inf
@@ -122,6 +143,13 @@ class FairShares:
         yield from ((i, None) for _, i, _ in interactive)
         yield from ((i, None) for _, i, _ in batch)
 
+    def before(self, view: View, request: Waiting) -> int:
+        mine, tag = view.shares.get(request.priority, ()), view.tag(request)
+        tokens = sum(tokens for _, _, tokens in mine[: bisect_left(mine, (tag,))])
+        if request.priority == "batch":
+            tokens += sum(tokens for _, _, tokens in view.shares.get("interactive", ()))
+        return tokens
+
     def _reserved(self, view: View) -> _Order:
         room = self.batch_part * view.max_batch_tokens
         for _, i, _ in view.shares["batch"]:
@@ -133,6 +161,12 @@ class FairShares:
                 room -= lengths[count]
                 count += 1
             yield i, count
+
+
+def _due_before(view: View, request: Waiting) -> int:
+    due_s = math.inf if request.deadline_s is None else request.deadline_s
+    earlier = islice(view.ready_deadlines, bisect_left(view.ready_deadlines, (due_s,)))
+    return sum(view.waiting[i].tokens for _, i in earlier)
 
 
 def _oldest(view: View) -> _Order:

@@ -26,13 +26,15 @@ class TokenBudget:
     still never waits for it.
 
     packing: else a batch is of one request, as in textbooks. window_s: a batch that is not full waits so long for
-    others, from the arrival of the oldest, even if nothing runs. max_in_flight: batches launched at once. max_loading:
+    others, from the arrival of the oldest, even if nothing runs. hopeless: whether requests are computed whose deadline
+    will pass before the batch ends, while there are others. max_in_flight: batches launched at once. max_loading:
     modules on their way at once. max_misses: how many requests in a row may not fit before the batch counts as full.
     """
 
     order: Order
     packing: bool = True
     window_s: float = 0.0
+    hopeless: bool = True
     max_in_flight: int = 2
     max_loading: int = 16
     lead_s: float = 0.002
@@ -43,13 +45,16 @@ class TokenBudget:
         slices: tuple[Slice, ...] = ()
         launch_s = self._launch_s(view)
         if launch_s <= view.now_s:
-            slices = self._fill(view)
+            slices = self._fill(view, view.now_s if self.hopeless else _ends_s(view)) or self._fill(view, view.now_s)
         return BatchPlan(
             batches=(Batch(slices),) if slices else (),
             prefetch=prefetched(view, self.max_loading),
             expire=expire,
             wake_s=wake_s(view, len(expire), launch_s),
         )
+
+    def before(self, view: View, request: Waiting) -> int:
+        return self.order.before(view, request)
 
     def _launch_s(self, view: View) -> float:
         """When the next batch should be launched; infinite: not before the next event."""
@@ -63,12 +68,13 @@ class TokenBudget:
             return view.now_s
         return max(view.now_s, view.busy_until_s - view.ahead_s - self.lead_s)
 
-    def _fill(self, view: View) -> tuple[Slice, ...]:
+    def _fill(self, view: View, ends_s: float) -> tuple[Slice, ...]:
+        """Of requests that are not due before ends_s."""
         counts: dict[int, int] = {}
         room, misses = view.max_batch_tokens, 0
         for request_id, limit in self.order(view):
             request, taken = view.waiting[request_id], counts.get(request_id, 0)
-            if request.deadline_s is not None and request.deadline_s <= view.now_s:
+            if request.deadline_s is not None and request.deadline_s <= ends_s:
                 continue
             if not self.packing and counts and request_id not in counts:
                 break
@@ -81,6 +87,12 @@ class TokenBudget:
             if room <= 0 or misses > self.max_misses:
                 break
         return _grouped(view.waiting, counts)
+
+
+def _ends_s(view: View) -> float:
+    """When a batch of as much as is ready would end, or now if nobody knows."""
+    seconds = view.batch_s(min(view.ready_tokens, view.max_batch_tokens))
+    return view.now_s if seconds is None else max(view.now_s, view.busy_until_s or 0.0) + seconds
 
 
 def prefetched(view: View, max_loading: int) -> tuple[TenantKey, ...]:

@@ -1,0 +1,217 @@
+"""`vbert simulate`: requests, recorded or made up, through policies in virtual time."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from commands.output import Wrong, add_json_flag, show
+
+if TYPE_CHECKING:
+    from runtime.request_log import Offered
+    from runtime.simulator import Simulated, World
+
+__all__ = ["add_flags", "run"]
+
+_Costs = tuple[Callable[[int, int], float], Callable[[int], float]]
+
+_COLUMNS = (
+    "policy",
+    "p50_ms",
+    "p95_ms",
+    "p99_ms",
+    "mean_ms",
+    "weighted_turnaround",
+    "late",
+    "goodput",
+    "jain",
+    "loads",
+)
+_MIB = 2**20
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    from runtime.arrivals import ARRIVALS, POPULARITY
+    from runtime.policies.named import DEFAULT, POLICIES
+
+    parser.add_argument(
+        "--trace", default="poisson", metavar="FILE|NAME",
+        help=f"a request log of `vbert serve --record`, a list of [kind, gap], or made up: {', '.join(ARRIVALS)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--policy", default=DEFAULT, metavar="A,B,...", help=f"which to compare: all, or some of {', '.join(POLICIES)}"
+    )
+    costs = parser.add_argument_group("what a batch takes: a profile, or a line")
+    costs.add_argument("--profile", type=Path, metavar="FILE", help="of `vbert profile`, of any machine")
+    costs.add_argument("--tokens-per-s", type=float, metavar="N", help="of full batches, without --batch-ms")
+    costs.add_argument("--batch-ms", type=float, default=2.0, help="of a batch, however small, with --tokens-per-s")
+    costs.add_argument("--around-ms", type=float, default=0.0, help="of a request, besides its batch")
+    made = parser.add_argument_group("made-up requests")
+    made.add_argument("--requests", type=int, default=10_000, metavar="N")
+    rate = made.add_mutually_exclusive_group()
+    rate.add_argument("--rate", type=float, metavar="N", help="requests a second")
+    rate.add_argument("--load", type=float, default=0.7, help="as a part of what full batches are enough for")
+    made.add_argument("--tenants", type=int, default=100, metavar="N")
+    made.add_argument("--popularity", choices=POPULARITY, default="zipf")
+    made.add_argument("--mean-tokens", type=float, default=32.0, metavar="N", help="of log-normal lengths")
+    made.add_argument("--inputs", type=int, default=1, metavar="N", help="of each request of a list of [kind, gap]")
+    made.add_argument("--deadline-ms", type=float, help="that each request allows")
+    made.add_argument("--batch-part", type=float, default=0.0, help="of the requests that have priority batch")
+    made.add_argument("--seed", type=int, default=0)
+    server = parser.add_argument_group("the server")
+    server.add_argument("--max-batch-tokens", type=int, default=4096, metavar="N")
+    server.add_argument("--max-queue-inputs", type=int, default=4096, metavar="N")
+    server.add_argument("--tenant-weights", nargs="*", default=[], metavar="PATTERN=NUMBER")
+    server.add_argument("--module-bytes", type=int, default=0, metavar="N", help="of each tenant; 0: all are in memory")
+    server.add_argument("--module-budget-bytes", type=int, default=1024 * _MIB, metavar="N")
+    server.add_argument("--queue-all", action="store_true", help="refuse nobody, however much waits")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the latencies, .png, .svg or .pdf (matplotlib)")
+    add_json_flag(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from runtime.policies.named import POLICIES, batch_policy
+    from runtime.simulation_report import report
+    from runtime.simulator import simulate
+    from training.progress import progress_bar
+
+    names = list(POLICIES) if args.policy == "all" else args.policy.split(",")
+    policies = {name: batch_policy(name) for name in names}
+    world = _world(args)
+    requests, measured = _requests(args, world)
+    rows, latencies = [], {}
+    with progress_bar() as progress:
+        for name, policy in policies.items():
+            done = simulate(requests, policy, world, partial(_advance, progress, name, len(requests)))
+            row = report(requests, done, lambda tokens: world.batch_s(tokens, 1), world.weight)
+            rows.append({"policy": name} | row | _beside(row, measured))
+            latencies[name] = _latencies_ms(requests, done)
+    if args.plot:
+        _plot(args.plot, latencies)
+    if args.json:
+        print(json.dumps({"requests": len(requests), "tokens_per_s": round(_rate(world), 1), "policies": rows}))
+    else:
+        show(rows, columns=[*_COLUMNS, *(["measured_mean_ms", "to_measured"] if measured else [])])
+
+
+def _world(args: argparse.Namespace) -> World:
+    from runtime.simulator import Modules, World
+    from runtime.weight_rules import WeightRules
+
+    if args.profile is not None:
+        batch_s, load_s = _as_profiled(args.profile)
+    elif args.tokens_per_s is not None:
+        if args.tokens_per_s <= 0 or args.batch_ms < 0:
+            raise Wrong(f"--tokens-per-s is {args.tokens_per_s}, --batch-ms {args.batch_ms}; give numbers above 0")
+        batch_s, load_s = _on_a_line(args.tokens_per_s, args.batch_ms / 1e3)
+    else:
+        raise Wrong("nothing says what a batch takes; give --profile FILE of `vbert profile`, or --tokens-per-s")
+    modules = None
+    if args.module_bytes:
+        if args.module_bytes > args.module_budget_bytes:
+            raise Wrong(f"--module-bytes {args.module_bytes} is more than --module-budget-bytes; raise that")
+        modules = Modules(num_bytes=lambda _: args.module_bytes, load_s=load_s, budget_bytes=args.module_budget_bytes)
+    return World(
+        batch_s=batch_s,
+        around_s=args.around_ms / 1e3,
+        max_batch_tokens=args.max_batch_tokens,
+        max_queue_inputs=args.max_queue_inputs,
+        modules=modules,
+        weight=WeightRules(args.tenant_weights).weight,
+        refuse=not args.queue_all,
+    )
+
+
+def _as_profiled(path: Path) -> _Costs:
+    from runtime.profile_file import read_profile
+
+    cost = read_profile(path)
+
+    def batch_s(tokens: int, inputs: int) -> float:
+        return cost.forward_s(tokens, tokens / inputs)
+
+    return batch_s, cost.load_s
+
+
+def _on_a_line(tokens_per_s: float, fixed_s: float) -> _Costs:
+    def batch_s(tokens: int, inputs: int) -> float:
+        return fixed_s + tokens / tokens_per_s
+
+    def load_s(num_bytes: int) -> float:
+        return 0.0005 + num_bytes / 1e9  # of an SSD
+
+    return batch_s, load_s
+
+
+def _advance(progress: Callable[[str, int, int], None], name: str, total: int, done: int) -> None:
+    progress(name, done, total)
+
+
+def _rate(world: World) -> float:
+    """Tokens a second of full batches of short texts."""
+    return world.max_batch_tokens / world.batch_s(world.max_batch_tokens, max(1, world.max_batch_tokens // 32))
+
+
+def _requests(args: argparse.Namespace, world: World) -> tuple[list[Offered], list[float]]:
+    """And what each took when it was recorded, in seconds; nothing for requests that were made up."""
+    from runtime.arrivals import ARRIVALS, Traffic, gaps_log, make_requests
+    from runtime.request_log import read_log
+
+    deadline_s = None if args.deadline_ms is None else args.deadline_ms / 1e3
+    if args.trace in ARRIVALS:
+        traffic = Traffic(
+            requests=args.requests,
+            rate=args.rate or args.load * _rate(world) / args.mean_tokens,
+            arrivals=args.trace,
+            tenants=args.tenants,
+            popularity=args.popularity,
+            mean_tokens=args.mean_tokens,
+            max_tokens=min(512, world.max_batch_tokens),
+            deadline_s=deadline_s,
+            batch_part=args.batch_part,
+            seed=args.seed,
+        )
+        return make_requests(traffic), []
+    path = Path(args.trace)
+    with path.open(encoding="utf-8") as file:
+        is_list = file.read(1) == "["
+    if is_list:
+        return gaps_log(path, tokens=round(args.mean_tokens), inputs=args.inputs, deadline_s=deadline_s), []
+    log = read_log(path)
+    if not log.requests:
+        raise Wrong(f"{path} has no request that was tokenised; give a longer log")
+    return log.requests, log.total_s
+
+
+def _beside(row: dict[str, Any], measured: Sequence[float]) -> dict[str, Any]:
+    """What was measured when the log was recorded."""
+    answered = [seconds for seconds in measured if seconds == seconds]  # not NaN
+    if not answered or row["mean_ms"] is None:
+        return {}
+    mean_ms = 1e3 * sum(answered) / len(answered)
+    return {"measured_mean_ms": round(mean_ms, 3), "to_measured": round(row["mean_ms"] / mean_ms, 3)}
+
+
+def _latencies_ms(requests: Sequence[Offered], done: Simulated) -> list[float]:
+    pairs = zip(requests, done.end_s.tolist(), done.is_ok().tolist(), strict=True)
+    return sorted(1e3 * (end_s - request.at_s) for request, end_s, ok in pairs if ok)
+
+
+def _plot(path: Path, latencies: dict[str, list[float]]) -> None:
+    """How many requests had their answer by when."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise Wrong("--plot needs matplotlib; install vbert[plots], or leave --plot out") from error
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, values in latencies.items():
+        axes.plot(values, [(i + 1) / len(values) for i in range(len(values))], label=f"{name} ({len(values)})")
+    axes.set(xscale="log", xlabel="latency, ms", ylabel="part of the answered requests", ylim=(0, 1))
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path)

@@ -1,0 +1,91 @@
+"""`vbert simulate`, and the request logs that it reads."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from cli import main
+from runtime.request_log import Offered, read_log, write_log
+from vbert.errors import ConfigError, CorruptFile
+
+LINE = ["--tokens-per-s", "10000", "--batch-ms", "1"]
+
+
+def simulated(capsys, *arguments):
+    assert main(["simulate", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_policies_side_by_side(capsys, tmp_path):
+    flags = ["--requests", "500", "--load", "1.3", "--deadline-ms", "400", "--popularity", "heavy"]
+    found = simulated(capsys, *LINE, *flags, "--policy", "all")
+    rows = {row["policy"]: row for row in found["policies"]}
+    assert rows["fair"]["jain"] >= max(row["jain"] for row in rows.values()) - 0.02
+    assert found == simulated(capsys, *LINE, *flags, "--policy", "all")
+    assert main(["simulate", *LINE, *flags, "--policy", "fair,sjf", "--plot", str(tmp_path / "p.svg")]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["policy", "fair", "sjf"]
+    assert (tmp_path / "p.svg").read_text().startswith("<?xml")
+
+
+def test_modules_weights_and_lists_of_gaps(capsys, tmp_path):
+    (tmp_path / "gaps.json").write_text(json.dumps([["A", 0.1], ["B", 0.1]] * 20))
+    flags = ["--trace", str(tmp_path / "gaps.json"), "--inputs", "4", "--tenant-weights", "A=3"]
+    row = simulated(capsys, *LINE, *flags, "--module-bytes", "1000", "--module-budget-bytes", "1500")["policies"][0]
+    assert row["loads"] == 40  # only one of the two fits
+    assert row["answered"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing says what a batch takes"),
+        (["--tokens-per-s", "-1"], "--tokens-per-s is -1.0"),
+        ([*LINE, "--policy", "lifo"], "the policy is 'lifo'"),
+        ([*LINE, "--module-bytes", "2000000000"], "more than --module-budget-bytes"),
+        ([*LINE, "--trace", "nowhere.log"], "nowhere.log"),
+        (["--profile", "nowhere.json"], "the profile nowhere.json cannot be read"),
+        ([*LINE, "--rate", "5", "--load", "1"], "not allowed with"),
+        ([*LINE, "--tenant-weights", "a=no"], "the weight 'no'"),
+    ],
+)
+def test_what_is_wrong_is_one_line(capsys, arguments, message):
+    assert main(["simulate", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+# ---- request logs
+
+
+def test_a_log_comes_back_as_it_was_written(tmp_path):
+    requests = [Offered(0.5, "a", (3, 4), None, "batch"), Offered(1.5, "b", (5,), 2.0)]
+    write_log(tmp_path / "log", requests, {"name": "x"})
+    log = read_log(tmp_path / "log")
+    assert (log.requests, log.unread, log.about["name"]) == (requests, 0, "x")
+    with (tmp_path / "log").open("a") as file:
+        file.write('{"at_s": 0.25, "tenant": "late", "lengths": [9], "outcome": "ok", "total_s": 0.125}\n{"at_s": 7')
+    log = read_log(tmp_path / "log")  # its last line was being written
+    assert [request.tenant for request in log.requests] == ["late", "a", "b"]
+    assert log.total_s[0] == 0.125
+    assert log.total_s[1] != log.total_s[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "line 1 of .* is not JSON"),
+        ("{}\n", "no request log of format 1"),
+        ('{"request_log": 1}\n[1]\n', "line 2 of .* is no JSON object"),
+        ('{"request_log": 1}\n{"at_s": 1}\n', "line 2 of .* is no request"),
+        ('{"request_log": 1}\n{"at_s": 1, "tenant": "a", "lengths": [0]}\n', "line 2 of .* is no request"),
+        ('{"request_log": 1}\n{"at_s": 1, "tenant": "a", "lengths": [1], "priority": "x"}\n', "line 2"),
+    ],
+)
+def test_what_is_no_log_is_refused_by_line(tmp_path, text, message):
+    (tmp_path / "log").write_text(text)
+    with pytest.raises(CorruptFile, match=message):
+        read_log(tmp_path / "log")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_log(tmp_path / "missing")
