@@ -69,24 +69,25 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     server.add_argument("--module-bytes", type=int, default=0, metavar="N", help="of each tenant; 0: all are in memory")
     server.add_argument("--module-budget-bytes", type=int, default=1024 * _MIB, metavar="N")
     server.add_argument("--queue-all", action="store_true", help="refuse nobody, however much waits")
+    instances = parser.add_argument_group("instances that hold the whole weights of one tenant at a time")
+    instances.add_argument("--instances", type=int, default=0, metavar="N", help="with policies of their own: see docs")
+    instances.add_argument("--switch-ms", type=float, default=150.0, help="to load another tenant's weights")
+    instances.add_argument("--item-ms", type=float, default=8.0, help="that an input takes")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the latencies, .png, .svg or .pdf (matplotlib)")
     add_json_flag(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    from runtime.policies.named import POLICIES, batch_policy
     from runtime.simulation_report import report
-    from runtime.simulator import simulate
     from training.progress import progress_bar
 
-    names = list(POLICIES) if args.policy == "all" else args.policy.split(",")
-    policies = {name: batch_policy(name) for name in names}
     world = _world(args)
+    ways = _ways(args, world)
     requests, measured = _requests(args, world)
     rows, latencies = [], {}
     with progress_bar() as progress:
-        for name, policy in policies.items():
-            done = simulate(requests, policy, world, partial(_advance, progress, name, len(requests)))
+        for name, way in ways.items():
+            done = way(requests, advance=partial(_advance, progress, name, len(requests)))
             row = report(requests, done, lambda tokens: world.batch_s(tokens, 1), world.weight)
             rows.append({"policy": name} | row | _beside(row, measured))
             latencies[name] = _latencies_ms(requests, done)
@@ -96,6 +97,27 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps({"requests": len(requests), "tokens_per_s": round(_rate(world), 1), "policies": rows}))
     else:
         show(rows, columns=[*_COLUMNS, *(["measured_mean_ms", "to_measured"] if measured else [])])
+
+
+def _ways(args: argparse.Namespace, world: World) -> dict[str, Callable[..., Simulated]]:
+    """How requests are simulated, by the name of a policy; with --instances of those for instances."""
+    from runtime.policies.instance_simulator import simulate_on_instances
+    from runtime.policies.instances import INSTANCE_POLICIES, instance_policy
+    from runtime.policies.named import POLICIES, batch_policy
+    from runtime.simulator import simulate
+
+    every = list(INSTANCE_POLICIES if args.instances else POLICIES)
+    names = every if args.policy == "all" else args.policy.split(",")
+    if not args.instances:
+        policies = {name: batch_policy(name) for name in names}
+        return {name: partial(simulate, policy=policy, world=world) for name, policy in policies.items()}
+    costs = {"item_s": args.item_ms / 1e3, "load_s": args.switch_ms / 1e3}
+    deadline_s = (args.deadline_ms or 3000) / 1e3
+    others = {name: instance_policy(name, deadline_s=deadline_s, **costs) for name in names}
+    return {
+        name: partial(simulate_on_instances, policy=policy, instances=args.instances, **costs)
+        for name, policy in others.items()
+    }
 
 
 def _world(args: argparse.Namespace) -> World:
@@ -108,6 +130,10 @@ def _world(args: argparse.Namespace) -> World:
         if args.tokens_per_s <= 0 or args.batch_ms < 0:
             raise Wrong(f"--tokens-per-s is {args.tokens_per_s}, --batch-ms {args.batch_ms}; give numbers above 0")
         batch_s, load_s = _on_a_line(args.tokens_per_s, args.batch_ms / 1e3)
+    elif args.instances:
+        if min(args.instances, args.switch_ms, args.item_ms, args.mean_tokens) <= 0:
+            raise Wrong("--instances, --switch-ms, --item-ms and --mean-tokens must be above 0")
+        batch_s, load_s = _on_a_line(1e3 * args.mean_tokens / args.item_ms, 0.0)
     else:
         raise Wrong("nothing says what a batch takes; give --profile FILE of `vbert profile`, or --tokens-per-s")
     modules = None

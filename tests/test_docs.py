@@ -14,6 +14,7 @@ from benchmarks.report import DOCUMENTS, ROOT, fill
 from runtime import BlockingEngine, EngineConfig, residency
 from runtime.http.errors import STATUS
 from runtime.http.routes import ROUTES
+from runtime.policies.instances import INSTANCE_POLICIES
 from runtime.policies.named import POLICIES
 from runtime.policies.pools import POOL_POLICIES
 from tests.random_tenants import Factory
@@ -65,7 +66,7 @@ def test_every_policy_is_documented():
         for name, cls in inspect.getmembers(residency, inspect.isclass)
         if hasattr(cls, "victims") and not getattr(cls, "_is_protocol", False)
     ]
-    policies += [*POLICIES, *POOL_POLICIES]
+    policies += [*POLICIES, *POOL_POLICIES, *INSTANCE_POLICIES]
     assert {"fair", "joint", "Lru", "LfuAgeing"} <= set(policies)
     assert not [name for name in policies if f"`{name}`" not in text]
 

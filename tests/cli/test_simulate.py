@@ -7,6 +7,7 @@ import json
 import pytest
 
 from cli import main
+from runtime.policies.instances import INSTANCE_POLICIES
 from runtime.request_log import Offered, read_log, write_log
 from vbert.errors import ConfigError, CorruptFile
 
@@ -37,6 +38,19 @@ def test_modules_weights_and_lists_of_gaps(capsys, tmp_path):
     assert row["answered"] == 1
 
 
+def test_instances_that_hold_whole_weights(capsys, tmp_path):
+    """Under overload OMLS loads with nearly every job; all jobs of a kind at once load ten times less."""
+    (tmp_path / "gaps.json").write_text(json.dumps([["ABCDEFGHIJKL"[i * 5 % 12], 0.05] for i in range(240)]))
+    flags = ["--trace", str(tmp_path / "gaps.json"), "--inputs", "16", "--deadline-ms", "3000"]
+    found = simulated(capsys, *flags, "--instances", "1", "--policy", "all")
+    rows = {row["policy"]: row for row in found["policies"]}
+    assert set(rows) == set(INSTANCE_POLICIES)
+    assert rows["round-robin"]["loads"] == 240
+    assert rows["kind-batches"]["loads"] < 0.2 * rows["omls"]["loads"]
+    assert max(rows[name]["late"] for name in ("kind-batches", "omls-guard")) < rows["round-robin"]["late"]
+    assert all(row["answered"] == 1 for row in rows.values())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -46,6 +60,8 @@ def test_modules_weights_and_lists_of_gaps(capsys, tmp_path):
         ([*LINE, "--module-bytes", "2000000000"], "more than --module-budget-bytes"),
         ([*LINE, "--trace", "nowhere.log"], "nowhere.log"),
         (["--profile", "nowhere.json"], "the profile nowhere.json cannot be read"),
+        (["--instances", "1", "--policy", "fair"], "the policy for instances is 'fair'"),
+        (["--instances", "1", "--item-ms", "0"], "must be above 0"),
         ([*LINE, "--rate", "5", "--load", "1"], "not allowed with"),
         ([*LINE, "--tenant-weights", "a=no"], "the weight 'no'"),
     ],
