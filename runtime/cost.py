@@ -6,6 +6,7 @@ them. Policies ask it before anything has run; what is learned meanwhile correct
 | curve | size | case |
 | --- | --- | --- |
 | forward/LENGTH | tokens of a batch | each of its sequences has LENGTH tokens |
+| with/KIND/SIZE/N | tokens of a batch | N tenants have modules of that kind and size; sequences have 32 tokens |
 | load/warm, load/cold | bytes of a module in memory | its file is in the page cache; it is on the disk only |
 | upload | bytes, host to device | only where there is a device |
 | gather_rows/WIDTH | rows of a table in memory | rows of WIDTH numbers |
@@ -106,10 +107,15 @@ class CostModel:
     conditions: Conditions
     curves: Mapping[str, Curve]
     _forwards: list[tuple[int, Curve]] = field(init=False, default_factory=list)  # by length, the shortest first
+    _modules: dict[str, dict[int, dict[int, Curve]]] = field(init=False, default_factory=dict)  # kind, size, tenants
 
     def __post_init__(self) -> None:
         named = [(name.removeprefix("forward/"), curve) for name, curve in self.curves.items()]
         self._forwards.extend(sorted((int(name), curve) for name, curve in named if name.isdigit()))
+        for name, curve in self.curves.items():
+            match name.split("/"):
+                case ["with", kind, size, tenants] if size.isdigit() and tenants.isdigit():
+                    self._modules.setdefault(kind, {}).setdefault(int(size), {})[int(tenants)] = curve
 
     def forward_s(self, tokens: int, length: float = TYPICAL_LENGTH) -> float:
         """A batch of `tokens` in sequences of `length`. Between measured lengths linear, as attention is per token;
@@ -122,6 +128,33 @@ class CostModel:
         seconds = above.seconds(tokens)
         told = _between(length, shorter, below.seconds(tokens), longer, seconds)
         return max(told, seconds) if length > longer else told
+
+    @property
+    def module_kinds(self) -> tuple[str, ...]:
+        """Those `module_s` knows."""
+        return tuple(self._modules)
+
+    def module_s(self, kind: str, tokens: int, tenants: int = 1, size: int = 8) -> float:
+        """What modules add to a batch in which they change `tokens`, of so many tenants of that kind.
+
+        size: the rank of low_rank and bottleneck, how many of a thousand weights sparse changes; affine has none.
+        Between what was measured linear, above it along the last two. Raises ConfigError for a kind that was not
+        measured.
+        """
+        if kind not in self._modules:
+            known = ", ".join(self._modules) or "none"
+            raise ConfigError(f"the profile knows modules of kind {known}, not {kind!r}; {_REMEDY}, without --quick")
+        lengths = [length for length, _ in self._forwards]
+        bare_s = self._forwards[bisect_left(lengths, min(TYPICAL_LENGTH, lengths[-1]))][1].seconds(tokens)
+
+        def more_s(curve: Curve) -> float:
+            return max(0.0, curve.seconds(tokens) - bare_s)
+
+        by_size = {
+            n: _at(tenants, {count: more_s(curve) for count, curve in curves.items()})
+            for n, curves in self._modules[kind].items()
+        }
+        return max(0.0, _at(size, by_size))
 
     def load_s(self, num_bytes: int, tier: str = "warm") -> float:
         """Bringing in a module that takes `num_bytes` in memory. tier: `warm`, its file is in the page cache, or
@@ -182,6 +215,16 @@ class CostModel:
         if name not in self.curves:
             raise CorruptFile(f"the profile has no curve {name!r}, it has {', '.join(self.curves)}; {_REMEDY}")
         return self.curves[name]
+
+
+def _at(x: float, values: Mapping[int, float]) -> float:
+    """Of values at some places: between two linear, below the first as that one, above the last along the last two."""
+    places = sorted(values)
+    if x <= places[0] or len(places) == 1:
+        return values[places[0]]
+    i = min(bisect_left(places, x), len(places) - 1)
+    low, high = places[i - 1], places[i]
+    return _between(x, low, values[low], high, values[high])
 
 
 def _between(x: float, x0: float, y0: float, x1: float, y1: float) -> float:

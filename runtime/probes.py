@@ -1,8 +1,9 @@
-"""Modules to measure with: LoRA tenants of a backbone as native files on the disk, and an arena that loads them."""
+"""Modules to measure with: tenants of a backbone as native files on the disk, and an arena that loads them."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -10,14 +11,16 @@ import torch
 from runtime.blobs import digest_of
 from vbert.arena import Arena, ResidentTenant
 from vbert.checkpoint import write_tenant
+from vbert.config import LINEAR_SITES
 from vbert.formats.transformers_folder import Backbone
 from vbert.header import read_header
-from vbert.tenant import LowRank, TenantModule
+from vbert.tenant import Affine, Bottleneck, Delta, LowRank, Sparse, TenantModule
 
 __all__ = ["Probes"]
 
 _ARENA_BYTES = 2 * 2**30  # address space, not memory
-_SITES = ("q", "v")
+_LOW_RANK_SITES = ("q", "v")
+_BOTTLENECK_SITES = ("attn.output>output", "ffn.output>output")
 
 
 class Probes:
@@ -27,9 +30,10 @@ class Probes:
         self._backbone, self._dtype, self._folder = backbone, dtype, folder
         self._arena = Arena(backbone.config, backbone.fingerprint, dtype, _ARENA_BYTES)
 
-    def write(self, rank: int, name: str = "") -> Path:
-        """A native file named by its digest, as in a store, and on the disk. Another name gives another file."""
-        data = write_tenant(self._module(rank, name), self._dtype)
+    def write(self, size: int, name: str = "", kind: str = "low_rank") -> Path:
+        """A native file named by its digest, as in a store, and on the disk. Another name gives another file. size: as
+        `CostModel.module_s` has it."""
+        data = write_tenant(self._module(kind, size, name), self._dtype)
         path = self._folder / digest_of(data)
         with path.open("wb") as file:
             file.write(data)
@@ -59,13 +63,49 @@ class Probes:
         finally:
             os.close(descriptor)
 
-    def _module(self, rank: int, name: str) -> TenantModule:
-        config, width = self._backbone.config, self._backbone.config.hidden_size
-        down, up = torch.full((width, rank), 1e-3), torch.full((rank, width), 1e-3)
-        deltas = [LowRank(layer=i, site=site, a=down, b=up) for i in range(config.num_layers) for site in _SITES]
+    def _module(self, kind: str, size: int, name: str) -> TenantModule:
         return TenantModule(
             backbone_fingerprint=self._backbone.fingerprint,
-            deltas=tuple(deltas),
+            deltas=tuple(d for i in range(self._backbone.config.num_layers) for d in self._deltas(kind, i, size)),
             head=self._backbone.embed_head,
             source={"format": "profile", "name": name},
         )
+
+    def _deltas(self, kind: str, layer: int, size: int) -> Iterator[Delta]:
+        width = self._backbone.config.hidden_size
+        if kind == "low_rank":
+            down, up = torch.full((width, size), 1e-3), torch.full((size, width), 1e-3)
+            for site in _LOW_RANK_SITES:
+                yield LowRank(layer=layer, site=site, a=down, b=up)
+        elif kind == "bottleneck":
+            down, up = torch.full((width, size), 1e-3), torch.full((size, width), 1e-3)
+            for site in _BOTTLENECK_SITES:
+                yield Bottleneck(
+                    layer=layer,
+                    site=site,
+                    activation="gelu",
+                    down=down,
+                    down_bias=torch.zeros(size),
+                    up=up,
+                    up_bias=torch.zeros(width),
+                )
+        elif kind == "affine":
+            for site in LINEAR_SITES:
+                yield Affine(layer=layer, site=site, shift=torch.full((self._shape(site)[0],), 1e-3))
+        else:
+            for site in LINEAR_SITES:
+                yield self._sparse(layer, site, size)
+
+    def _sparse(self, layer: int, site: str, per_mille: int) -> Sparse:
+        """So many of a thousand weights, spread evenly."""
+        rows, columns = self._shape(site)
+        changed = torch.arange(0, rows * columns, max(1, 1000 // per_mille))
+        starts = torch.zeros(rows + 1, dtype=torch.int32)
+        starts[1:] = torch.bincount(changed // columns, minlength=rows).cumsum(0)
+        values = torch.full((len(changed),), 1e-3)
+        return Sparse(layer=layer, site=site, row_starts=starts, columns=(changed % columns).int(), values=values)
+
+    def _shape(self, site: str) -> tuple[int, int]:
+        """[H_out, H_in] of a linear."""
+        width, ffn = self._backbone.config.hidden_size, self._backbone.config.ffn_size
+        return {"ffn_up": (ffn, width), "ffn_down": (width, ffn)}.get(site, (width, width))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from runtime.clock import Clock
-from runtime.cost import Conditions, CostModel, Curve, Point
+from runtime.cost import TYPICAL_LENGTH, Conditions, CostModel, Curve, Point
 from runtime.machine import cpu_model, wait_policy
 from runtime.probes import Probes
 from runtime.uploads import moved_at_once
@@ -55,6 +55,8 @@ class Effort:
     rows: tuple[int, ...]
     ngrams: tuple[int, ...]
     modules: tuple[int, ...]
+    kinds: tuple[tuple[str, int], ...]
+    tenants: tuple[int, ...]
     min_repeats: int
     max_repeats: int
     point_s: float
@@ -68,6 +70,8 @@ FULL = Effort(
     rows=(16, 64, 256, 1024, 4096, 16384),
     ngrams=(1, 4, 16, 64, 256, 1024, 4096),
     modules=(1, 2, 4, 8, 16),
+    kinds=(("low_rank", 8), ("low_rank", 64), ("bottleneck", 64), ("affine", 0), ("sparse", 10)),
+    tenants=(1, 16),
     min_repeats=3,
     max_repeats=25,
     point_s=0.5,
@@ -80,6 +84,8 @@ QUICK = Effort(
     rows=(16, 4096),
     ngrams=(4, 64, 512),
     modules=(1, 4),
+    kinds=(),
+    tenants=(),
     min_repeats=2,
     max_repeats=9,
     point_s=0.05,
@@ -134,6 +140,10 @@ class Profiler:
         todo: dict[str, Callable[[], Curve]] = {
             f"forward/{n}": partial(self._forwards, n) for n in lengths or [self.backbone.config.max_length]
         }
+        for kind, size in self.effort.kinds:
+            todo |= {
+                f"with/{kind}/{size}/{n}": partial(self._with, scratch, kind, size, n) for n in self.effort.tenants
+            }
         todo |= {f"load/{tier}": partial(self._loads, scratch, tier) for tier in ("warm", "cold")}
         todo |= {f"gather_rows/{self.backbone.config.hidden_size}": self._gathers}
         todo |= {"self_test": partial(self._self_tests, scratch)}
@@ -153,6 +163,20 @@ class Profiler:
     def _forwards(self, length: int) -> Curve:
         counts = sorted({max(1, tokens // length) for tokens in self.effort.tokens})
         runs = {n * length: partial(self._forward, self._sequences(n, length)) for n in counts}
+        return self._curve(runs, self.thread_counts)
+
+    def _with(self, scratch: Path, kind: str, size: int, num_tenants: int) -> Curve:
+        """Sequences of so many tenants in turn, at least one of each."""
+        probes = Probes(self.backbone, self.model.dtype, scratch)
+        paths = [probes.write(size, name=str(i), kind=kind) for i in range(num_tenants)]
+        tenants = self._on_device([probes.load(path) for path in paths])
+        length = min(TYPICAL_LENGTH, self.backbone.config.max_length)
+        counts = sorted({max(num_tenants, tokens // length) for tokens in self.effort.tokens})
+        runs = {}
+        for count in counts:
+            shares = [len(range(i, count, num_tenants)) for i in range(num_tenants)]
+            every = [s for t, n in zip(tenants, shares, strict=True) for s in self._sequences(n, length, t)]
+            runs[count * length] = partial(self._forward, every)
         return self._curve(runs, self.thread_counts)
 
     def _loads(self, scratch: Path, tier: str) -> Curve:

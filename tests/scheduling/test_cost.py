@@ -85,6 +85,30 @@ def test_every_operation_has_its_seconds():
     assert cost.noise == pytest.approx(0.1)
 
 
+def test_what_modules_add_is_between_what_was_measured():
+    """64 tokens take 11 ms bare, 15 and 17 ms with modules of size 8 of one and of 5 tenants, 19 ms with size 16."""
+    bare = curve((32, 0.01), (96, 0.012))
+    cost = model(**{
+        "forward/32": bare,
+        "with/low_rank/8/1": curve((64, 0.015)),
+        "with/low_rank/8/5": curve((64, 0.017)),
+        "with/low_rank/16/1": curve((64, 0.019)),
+        "with/affine/0/1": curve((64, 0.010)),
+    })  # fmt: skip
+    assert cost.module_kinds == ("low_rank", "affine")
+    added = {(tenants, size): cost.module_s("low_rank", 64, tenants, size) for tenants in (1, 3, 9) for size in (8, 12)}
+    assert added[1, 8] == pytest.approx(0.004)
+    assert added[3, 8] == pytest.approx(0.005)
+    assert added[9, 8] == pytest.approx(0.008)
+    assert added[1, 12] == pytest.approx(0.006)
+    assert cost.module_s("low_rank", 64, 1, 4) == pytest.approx(0.004)
+    assert cost.module_s("affine", 64) == 0  # noise is no gain
+    with pytest.raises(ConfigError, match="kind low_rank, affine, not 'sparse'; run `vbert profile`"):
+        cost.module_s("sparse", 64)
+    with pytest.raises(ConfigError, match="kind none"):
+        model().module_s("sparse", 64)
+
+
 def test_a_profile_comes_back_as_it_was_written(tmp_path):
     path = profile_path(tmp_path / "new" / "folder", HERE)
     write_profile(path, model())

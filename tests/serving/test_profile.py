@@ -51,6 +51,16 @@ def test_every_curve_is_measured(profiler, tmp_path):
     assert 0 < cost.forward_s(64, 16) < 60
 
 
+def test_modules_of_every_kind_are_measured(profiler):
+    kinds = (("low_rank", 2), ("low_rank", 4), ("bottleneck", 2), ("affine", 0), ("sparse", 20))
+    cost = profiler(effort=replace(TINY, kinds=kinds, tenants=(1, 3))).run()
+    assert cost.module_kinds == ("low_rank", "bottleneck", "affine", "sparse")
+    for kind, size in kinds:
+        assert [point.size for point in cost.curves[f"with/{kind}/{size}/1"].points] == [32, 64]
+        assert [point.size for point in cost.curves[f"with/{kind}/{size}/3"].points] == [96]
+        assert 0 <= cost.module_s(kind, 64, tenants=2, size=size) < 60
+
+
 def test_what_takes_too_long_is_left_out(profiler):
     effort = replace(TINY, tokens=(8, 16, 2048, 4096), largest_s=0.0, lengths=(4,))
     curve = profiler(effort=effort).run().curves["forward/4"]
