@@ -151,6 +151,7 @@ class Profiler:
             todo |= {"local": partial(self._local, self.model.local)}
         if self.model.device.type == "cuda":
             todo |= {"upload": self._uploads}
+        self._forward(self._sequences(1, lengths[0] if lengths else 1))  # what happens once, happens here
         curves = {}
         for done, (name, measure) in enumerate(todo.items()):
             self.progress(f"profile: {name}", done, len(todo))
