@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from commands.output import Wrong, add_json_flag, show
 
 if TYPE_CHECKING:
+    from runtime.cost import CostModel
     from runtime.request_log import Offered
     from runtime.simulator import Simulated, World
 
 __all__ = ["add_flags", "run"]
 
-_Costs = tuple[Callable[[int, int], float], Callable[[int], float]]
 
 _COLUMNS = (
     "policy",
@@ -36,19 +36,23 @@ _MIB = 2**20
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     from runtime.arrivals import ARRIVALS, POPULARITY
-    from runtime.policies.named import DEFAULT, POLICIES
+    from runtime.policies.named import DEFAULT, POLICIES, POOLED
 
     parser.add_argument(
         "--trace", default="poisson", metavar="FILE|NAME",
         help=f"a request log of `vbert serve --record`, a list of [kind, gap], or made up: {', '.join(ARRIVALS)}",
     )  # fmt: skip
     parser.add_argument(
-        "--policy", default=DEFAULT, metavar="A,B,...", help=f"which to compare: all, or some of {', '.join(POLICIES)}"
+        "--policy",
+        default=DEFAULT,
+        metavar="A,B,...",
+        help=f"which to compare: all, or some of {', '.join((*POLICIES, *POOLED))}",
     )
     costs = parser.add_argument_group("what a batch takes: a profile, or a line")
     costs.add_argument("--profile", type=Path, metavar="FILE", help="of `vbert profile`, of any machine")
     costs.add_argument("--tokens-per-s", type=float, metavar="N", help="of full batches, without --batch-ms")
     costs.add_argument("--batch-ms", type=float, default=2.0, help="of a batch, however small, with --tokens-per-s")
+    costs.add_argument("--module", metavar="KIND/SIZE", help="that every tenant has, of those a profile knows")
     costs.add_argument("--around-ms", type=float, default=0.0, help="of a request, besides its batch")
     made = parser.add_argument_group("made-up requests")
     made.add_argument("--requests", type=int, default=10_000, metavar="N")
@@ -81,35 +85,36 @@ def run(args: argparse.Namespace) -> None:
     from runtime.simulation_report import report
     from training.progress import progress_bar
 
-    world = _world(args)
-    ways = _ways(args, world)
+    cost = _cost(args)
+    world = _world(args, cost)
+    ways = _ways(args, cost, world)
     requests, measured = _requests(args, world)
     rows, latencies = [], {}
     with progress_bar() as progress:
         for name, way in ways.items():
             done = way(requests, advance=partial(_advance, progress, name, len(requests)))
-            row = report(requests, done, lambda tokens: world.batch_s(tokens, 1), world.weight)
+            row = report(requests, done, lambda tokens: world.batch_s(tokens, 1, 1), world.weight)
             rows.append({"policy": name} | row | _beside(row, measured))
             latencies[name] = _latencies_ms(requests, done)
     if args.plot:
         _plot(args.plot, latencies)
     if args.json:
-        print(json.dumps({"requests": len(requests), "tokens_per_s": round(_rate(world), 1), "policies": rows}))
+        print(json.dumps({"requests": len(requests), "tokens_per_s": round(world.tokens_per_s, 1), "policies": rows}))
     else:
         show(rows, columns=[*_COLUMNS, *(["measured_mean_ms", "to_measured"] if measured else [])])
 
 
-def _ways(args: argparse.Namespace, world: World) -> dict[str, Callable[..., Simulated]]:
+def _ways(args: argparse.Namespace, cost: CostModel, world: World) -> dict[str, Callable[..., Simulated]]:
     """How requests are simulated, by the name of a policy; with --instances of those for instances."""
     from runtime.policies.instance_simulator import simulate_on_instances
     from runtime.policies.instances import INSTANCE_POLICIES, instance_policy
-    from runtime.policies.named import POLICIES, batch_policy
+    from runtime.policies.named import POLICIES, POOLED, batch_policy
     from runtime.simulator import simulate
 
-    every = list(INSTANCE_POLICIES if args.instances else POLICIES)
+    every = list(INSTANCE_POLICIES) if args.instances else [*POLICIES, *POOLED]
     names = every if args.policy == "all" else args.policy.split(",")
     if not args.instances:
-        policies = {name: batch_policy(name) for name in names}
+        policies = {name: batch_policy(name, cost, max_batch_tokens=args.max_batch_tokens) for name in names}
         return {name: partial(simulate, policy=policy, world=world) for name, policy in policies.items()}
     costs = {"item_s": args.item_ms / 1e3, "load_s": args.switch_ms / 1e3}
     deadline_s = (args.deadline_ms or 3000) / 1e3
@@ -120,29 +125,38 @@ def _ways(args: argparse.Namespace, world: World) -> dict[str, Callable[..., Sim
     }
 
 
-def _world(args: argparse.Namespace) -> World:
+def _cost(args: argparse.Namespace) -> CostModel:
+    from runtime.cost import CostModel
+    from runtime.profile_file import read_profile
+
+    if args.profile is not None:
+        return read_profile(args.profile)
+    if args.tokens_per_s is not None:
+        if args.tokens_per_s <= 0 or args.batch_ms < 0:
+            raise Wrong(f"--tokens-per-s is {args.tokens_per_s}, --batch-ms {args.batch_ms}; give numbers above 0")
+        return CostModel.on_a_line(args.tokens_per_s, args.batch_ms / 1e3)
+    if args.instances:
+        if min(args.instances, args.switch_ms, args.item_ms, args.mean_tokens) <= 0:
+            raise Wrong("--instances, --switch-ms, --item-ms and --mean-tokens must be above 0")
+        return CostModel.on_a_line(1e3 * args.mean_tokens / args.item_ms, 0.0)
+    raise Wrong("nothing says what a batch takes; give --profile FILE of `vbert profile`, or --tokens-per-s")
+
+
+def _world(args: argparse.Namespace, cost: CostModel) -> World:
     from runtime.simulator import Modules, World
     from runtime.weight_rules import WeightRules
 
-    if args.profile is not None:
-        batch_s, load_s = _as_profiled(args.profile)
-    elif args.tokens_per_s is not None:
-        if args.tokens_per_s <= 0 or args.batch_ms < 0:
-            raise Wrong(f"--tokens-per-s is {args.tokens_per_s}, --batch-ms {args.batch_ms}; give numbers above 0")
-        batch_s, load_s = _on_a_line(args.tokens_per_s, args.batch_ms / 1e3)
-    elif args.instances:
-        if min(args.instances, args.switch_ms, args.item_ms, args.mean_tokens) <= 0:
-            raise Wrong("--instances, --switch-ms, --item-ms and --mean-tokens must be above 0")
-        batch_s, load_s = _on_a_line(1e3 * args.mean_tokens / args.item_ms, 0.0)
-    else:
-        raise Wrong("nothing says what a batch takes; give --profile FILE of `vbert profile`, or --tokens-per-s")
+    module = _module(args.module)
     modules = None
     if args.module_bytes:
         if args.module_bytes > args.module_budget_bytes:
             raise Wrong(f"--module-bytes {args.module_bytes} is more than --module-budget-bytes; raise that")
-        modules = Modules(num_bytes=lambda _: args.module_bytes, load_s=load_s, budget_bytes=args.module_budget_bytes)
+        modules = Modules(
+            num_bytes=lambda _: args.module_bytes, load_s=cost.load_s, budget_bytes=args.module_budget_bytes
+        )
     return World(
-        batch_s=batch_s,
+        batch_s=partial(cost.batch_s, module=module),
+        kind=module[0] if module else "",
         around_s=args.around_ms / 1e3,
         max_batch_tokens=args.max_batch_tokens,
         max_queue_inputs=args.max_queue_inputs,
@@ -152,34 +166,18 @@ def _world(args: argparse.Namespace) -> World:
     )
 
 
-def _as_profiled(path: Path) -> _Costs:
-    from runtime.profile_file import read_profile
-
-    cost = read_profile(path)
-
-    def batch_s(tokens: int, inputs: int) -> float:
-        return cost.forward_s(tokens, tokens / inputs)
-
-    return batch_s, cost.load_s
-
-
-def _on_a_line(tokens_per_s: float, fixed_s: float) -> _Costs:
-    def batch_s(tokens: int, inputs: int) -> float:
-        return fixed_s + tokens / tokens_per_s
-
-    def load_s(num_bytes: int) -> float:
-        return 0.0005 + num_bytes / 1e9  # of an SSD
-
-    return batch_s, load_s
+def _module(text: str | None) -> tuple[str, int] | None:
+    """KIND/SIZE."""
+    if text is None:
+        return None
+    kind, _, size = text.partition("/")
+    if not size.isdigit():
+        raise Wrong(f"--module is {text!r}; write KIND/SIZE, such as low_rank/8")
+    return kind, int(size)
 
 
 def _advance(progress: Callable[[str, int, int], None], name: str, total: int, done: int) -> None:
     progress(name, done, total)
-
-
-def _rate(world: World) -> float:
-    """Tokens a second of full batches of short texts."""
-    return world.max_batch_tokens / world.batch_s(world.max_batch_tokens, max(1, world.max_batch_tokens // 32))
 
 
 def _requests(args: argparse.Namespace, world: World) -> tuple[list[Offered], list[float]]:
@@ -191,7 +189,7 @@ def _requests(args: argparse.Namespace, world: World) -> tuple[list[Offered], li
     if args.trace in ARRIVALS:
         traffic = Traffic(
             requests=args.requests,
-            rate=args.rate or args.load * _rate(world) / args.mean_tokens,
+            rate=args.rate or args.load * world.tokens_per_s / args.mean_tokens,
             arrivals=args.trace,
             tenants=args.tenants,
             popularity=args.popularity,

@@ -7,7 +7,7 @@ from typing import Any
 
 from runtime.exit_rules import ExitRules
 from runtime.paths import PathRules, table_files
-from runtime.policies.named import batch_policy
+from runtime.policies.named import check_policy
 from runtime.residency import residency_policy
 from runtime.sequence_sharing import SequenceSharing
 from runtime.weight_rules import WeightRules
@@ -122,7 +122,7 @@ class EngineConfig:
         SequenceSharing(self.sequence_sharing)
         PathRules(self.paths, self.ngram_domains, table_files(self.ngrams))
         ExitRules(self.exit_thresholds)
-        batch_policy(self.policy)
+        check_policy(self.policy)
         WeightRules(self.tenant_weights)
         if not 0 <= self.max_backoff <= 1:
             raise ConfigError(f"max_backoff is {self.max_backoff}; give a share from 0 to 1")

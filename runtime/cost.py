@@ -177,6 +177,28 @@ class CostModel:
         """Replaying the self-tests of so many modules in one batch."""
         return self._curve("self_test").seconds(modules)
 
+    def batch_s(self, tokens: int, inputs: int, tenants: int = 1, module: tuple[str, int] | None = None) -> float:
+        """A batch of so many inputs of about one length, of so many tenants, each with a module of that kind and
+        size; None: of the bare backbone."""
+        bare_s = self.forward_s(tokens, tokens / max(1, inputs))
+        return bare_s if module is None else bare_s + self.module_s(module[0], tokens, tenants, module[1])
+
+    @classmethod
+    def on_a_line(cls, tokens_per_s: float, fixed_s: float) -> CostModel:
+        """Of no machine: a batch takes fixed_s and so long a token, whatever the lengths. Loads are those of an SSD."""
+
+        def curve(per_s: float, begin_s: float) -> Curve:
+            return Curve(
+                [Point(size=n, seconds=begin_s + n / per_s, spread=0, repeats=0, threads=1) for n in (1, 1e12)]
+            )
+
+        curves = {f"forward/{TYPICAL_LENGTH}": curve(tokens_per_s, fixed_s)}
+        curves |= {f"load/{tier}": curve(1e9, 0.0005) for tier in ("warm", "cold")}
+        none = Conditions(
+            device="none", threads=0, wait_policy="", dtype="", torch="", vbert="", layers=0, hidden=0, ffn=0
+        )
+        return cls(none, curves)
+
     @property
     def noise(self) -> float:
         """Median spread of all points: 0.05 is a quiet machine."""

@@ -50,7 +50,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig, *, clock: Clock | None = None, policy: BatchPolicy | None = None) -> None:
         self.config = config
-        self._clock, self._policy = clock or MonotonicClock(), policy or batch_policy(config.policy)
+        self._clock, self._policy = clock or MonotonicClock(), policy
         self._core: Core | None = None
         self._main: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
@@ -298,8 +298,10 @@ class Engine:
 
     async def _run(self, parts: Parts, lanes: Lanes, started: asyncio.Future[Core]) -> None:
         """Parent of every task, until cancelled."""
+        config = self.config
+        policy = self._policy or batch_policy(config.policy, parts.cost, max_batch_tokens=config.max_batch_tokens)
         async with asyncio.TaskGroup() as tasks:
-            core = Core(self.config, parts, lanes, clock=self._clock, policy=self._policy, spawn=tasks.create_task)
+            core = Core(config, parts, lanes, clock=self._clock, policy=policy, spawn=tasks.create_task)
             tasks.create_task(core.loop.run(), name="vbert-loop")
             tasks.create_task(core.health.watch_loop_lag(), name="vbert-loop-lag")
             tasks.create_task(core.learn(), name="vbert-ngrams")

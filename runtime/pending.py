@@ -57,6 +57,7 @@ class Pending:
             lengths=tuple(len(e.token_ids) for e in self.encoded),
             weight=self.weight,
             priority=self.priority,
+            kind=self.served.kinds[0] if self.served.kinds else "",
         )
 
     def make_cold(self, now_s: float) -> None:

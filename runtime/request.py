@@ -167,7 +167,7 @@ class Waiting:
     """One admitted request as a policy sees it.
 
     `lengths`: tokens of each input still to run; `first`: index of the first of them in the request. `weight`: of its
-    tenant's share, `priority`: one of PRIORITIES.
+    tenant's share, `priority`: one of PRIORITIES, `kind`: of the deltas of its module, as a profile names them.
     """
 
     request_id: int
@@ -179,6 +179,7 @@ class Waiting:
     first: int = 0
     weight: float = 1.0
     priority: str = "interactive"
+    kind: str = ""
 
     @property
     def tokens(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from runtime.errors import DeadlineExceeded, DeadlineUnreachable, QueueFull, RequestTooLarge, ServerFull
+from runtime.policies.token_budget import DEADLINE_PART
 from runtime.waiting import WaitingQueue
 
 __all__ = ["Room"]
@@ -69,8 +70,9 @@ class Room:
                 "allow more time or send less at once"
             )
         tokens += before()
-        if tokens > self._batch_tokens:  # then its batch will be full, too, and all of it is answered when it ends
-            tokens = -(-tokens // self._batch_tokens) * self._batch_tokens
+        batch = max(1, min(self._batch_tokens, int(DEADLINE_PART * left_s * rate)))
+        if tokens > batch:  # then its batch will be full, too, and all of it is answered when it ends
+            tokens = -(-tokens // batch) * batch
         needs_s = running_s + tokens / rate
         if needs_s > left_s:
             raise DeadlineUnreachable(

@@ -41,17 +41,30 @@ class Modules:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """What is served on. batch_s: of so many tokens in so many inputs. around_s: what each request takes besides, such
-    as to be tokenised and answered. modules: None where all of them are in memory. weight: of a tenant's share. refuse:
-    whether requests are refused that cannot be in time, and where the queue is full."""
+    """What is served on. batch_s: of so many tokens in so many inputs of so many tenants. around_s: what each request
+    takes besides, such as to be tokenised and answered. modules: None where all of them are in memory. kind: of all
+    modules, as a profile names it. weight: of a tenant's share. refuse: whether requests are refused that cannot be in
+    time, and where the queue is full."""
 
-    batch_s: Callable[[int, int], float]
+    batch_s: Callable[[int, int, int], float]
     around_s: float = 0.0
     max_batch_tokens: int = 4096
     max_queue_inputs: int = 4096
     modules: Modules | None = None
+    kind: str = ""
     weight: Callable[[str], float] = lambda _: 1.0
     refuse: bool = True
+
+    @property
+    def full_batch_s(self) -> float:
+        """Of short texts, each of another tenant."""
+        inputs = max(1, self.max_batch_tokens // TYPICAL_LENGTH)
+        return self.batch_s(self.max_batch_tokens, inputs, inputs)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of full batches."""
+        return self.max_batch_tokens / self.full_batch_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +111,7 @@ class _Simulation:
             batch_tokens=world.max_batch_tokens,
             rate=self._rate,
         )
-        self.full_s = world.batch_s(world.max_batch_tokens, max(1, world.max_batch_tokens // TYPICAL_LENGTH))
+        self.tokens_per_s = world.tokens_per_s
         self.now_s = self.busy_until_s = self.busy_s = 0.0
         self.batches = self.batch_tokens = 0
         self.running: deque[_Running] = deque()
@@ -148,7 +161,7 @@ class _Simulation:
         )
 
     def _rate(self) -> float:
-        return self.world.max_batch_tokens / self.full_s
+        return self.tokens_per_s
 
     def _view(self) -> View:
         queue = self.queue
@@ -166,12 +179,12 @@ class _Simulation:
             in_flight=len(self.running),
             busy_until_s=self.busy_until_s,
             max_batch_tokens=self.world.max_batch_tokens,
-            tokens_per_s=self._rate(),
+            tokens_per_s=self.tokens_per_s,
             batch_s=self._batch_s,
         )
 
     def _batch_s(self, tokens: int) -> float:
-        return self.world.batch_s(tokens, 1)
+        return self.world.batch_s(tokens, max(1, tokens // TYPICAL_LENGTH), 1)
 
     def _admit(self, request_id: int, offered: Offered) -> None:
         key = self.keys.get(offered.tenant)
@@ -186,6 +199,7 @@ class _Simulation:
             lengths=offered.lengths,
             weight=self.world.weight(offered.tenant),
             priority=offered.priority,
+            kind=self.world.kind,
         )
         if self.world.refuse and (code := self._refusal(request)):
             self._end(request_id, code)
@@ -227,7 +241,7 @@ class _Simulation:
                 self.begin_s[piece.request_id - 1] = self.now_s
             self.queue.take(piece.request_id, count)
         self.home.used(tenants)
-        seconds = self.world.batch_s(tokens, inputs)
+        seconds = self.world.batch_s(tokens, inputs, len(tenants))
         self.busy_until_s = max(self.now_s, self.busy_until_s) + seconds
         self.busy_s += seconds
         self.batches += 1

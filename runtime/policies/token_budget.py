@@ -11,7 +11,10 @@ from runtime.policies.orders import Order
 from runtime.request import Batch, BatchPlan, Slice, TenantKey, Waiting
 from runtime.scheduler import View
 
-__all__ = ["TokenBudget", "expired", "prefetched", "wake_s"]
+__all__ = ["DEADLINE_PART", "TokenBudget", "expired", "prefetched", "wake_s"]
+
+DEADLINE_PART = 0.25  # of the time from arrival to deadline, that the batch of a request may take
+_LOOKED_AT = 32  # of those with the earliest deadlines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +37,7 @@ class TokenBudget:
     order: Order
     packing: bool = True
     window_s: float = 0.0
-    hopeless: bool = True
+    in_time: bool = False
     max_in_flight: int = 2
     max_loading: int = 16
     lead_s: float = 0.002
@@ -45,7 +48,9 @@ class TokenBudget:
         slices: tuple[Slice, ...] = ()
         launch_s = self._launch_s(view)
         if launch_s <= view.now_s:
-            slices = self._fill(view, view.now_s if self.hopeless else _ends_s(view)) or self._fill(view, view.now_s)
+            budget = min(view.max_batch_tokens, _in_time(view)) if self.in_time else view.max_batch_tokens
+            ends_s = _ends_s(view, budget) if self.in_time else view.now_s
+            slices = self._fill(view, budget, ends_s) or self._fill(view, budget, view.now_s)
         return BatchPlan(
             batches=(Batch(slices),) if slices else (),
             prefetch=prefetched(view, self.max_loading),
@@ -68,10 +73,10 @@ class TokenBudget:
             return view.now_s
         return max(view.now_s, view.busy_until_s - view.ahead_s - self.lead_s)
 
-    def _fill(self, view: View, ends_s: float) -> tuple[Slice, ...]:
+    def _fill(self, view: View, budget: int, ends_s: float) -> tuple[Slice, ...]:
         """Of requests that are not due before ends_s."""
         counts: dict[int, int] = {}
-        room, misses = view.max_batch_tokens, 0
+        room, misses = budget, 0
         for request_id, limit in self.order(view):
             request, taken = view.waiting[request_id], counts.get(request_id, 0)
             if request.deadline_s is not None and request.deadline_s <= ends_s:
@@ -89,9 +94,18 @@ class TokenBudget:
         return _grouped(view.waiting, counts)
 
 
-def _ends_s(view: View) -> float:
+def _in_time(view: View) -> int:
+    """Tokens of a batch that takes no larger part of the time that somebody with an early deadline was given."""
+    earliest = islice(view.ready_deadlines, _LOOKED_AT)
+    given_s = min((due_s - view.waiting[i].arrival_s for due_s, i in earliest), default=math.inf)
+    if view.tokens_per_s is None or given_s == math.inf:
+        return view.max_batch_tokens
+    return max(1, int(DEADLINE_PART * given_s * view.tokens_per_s))
+
+
+def _ends_s(view: View, budget: int) -> float:
     """When a batch of as much as is ready would end, or now if nobody knows."""
-    seconds = view.batch_s(min(view.ready_tokens, view.max_batch_tokens))
+    seconds = view.batch_s(min(view.ready_tokens, budget))
     return view.now_s if seconds is None else max(view.now_s, view.busy_until_s or 0.0) + seconds
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from runtime.policies.named import DEFAULT, POLICIES, batch_policy
+from runtime.cost import CostModel
+from runtime.policies.named import DEFAULT, POLICIES, POOLED, batch_policy
 from runtime.policies.orders import EarliestDeadline, FairShares, ResponseRatio, ShortestFirst
+from runtime.policies.pooled import Pooled, ProfileCosts
+from runtime.policies.pools import AlphaOnly, Fixed
 from runtime.policies.token_budget import TokenBudget
 from runtime.shares import Shares
 from tests.fakes import Line, slices
@@ -15,6 +20,8 @@ from vbert.errors import ConfigError
 
 MINE = ("interactive", 1.0)
 FAIR = POLICIES[DEFAULT]()
+COST = CostModel.on_a_line(1000.0, 0.01)
+EVERY = POLICIES | {name: partial(batch_policy, name, COST, max_batch_tokens=150) for name in POOLED}
 
 
 requests = st.lists(
@@ -38,41 +45,47 @@ def filled(entries, **kwargs) -> Line:
     return line
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", EVERY)
 @settings(max_examples=30)
 @given(requests, st.floats(0.0, 10.0), st.sampled_from([None, 50.0, 5000.0]))
 @example(
     [([1], "a", 1.0, False, *MINE), ([47], "a", None, False, *MINE), ([54], "a", 2.0, False, *MINE)], 1.0, 50.0
 )  # the oldest is late
 def test_one_plan_keeps_every_law(name, entries, now_s, tokens_per_s):
-    policy, line = POLICIES[name](), filled(entries, tokens_per_s=tokens_per_s)
+    policy, line = EVERY[name](), filled(entries, tokens_per_s=tokens_per_s)
     line.now_s = now_s
     plan = policy.plan(line.view())
     assert plan == policy.plan(line.view())  # the same view, the same plan: nothing was changed by planning
     pieces = slices(plan)
     waiting = line.queue.waiting
-    assert len({piece.request_id for piece in pieces}) == len(pieces)
-    lengths = [length for piece in pieces for length in waiting[piece.request_id].lengths[: piece.last - piece.first]]
-    assert sum(lengths) <= line.max_batch_tokens or len(lengths) == 1
-    tenants = [waiting[piece.request_id].key.digest for piece in pieces]
-    assert len({*tenants}) == sum(a != b for a, b in zip(tenants, ["", *tenants], strict=False))
-    assert all(tenant in line.resident for tenant in tenants)
+    taken: dict[int, int] = {}
+    for batch in plan.batches:
+        assert len({piece.request_id for piece in batch.slices}) == len(batch.slices)
+        lengths = []
+        for piece in batch.slices:
+            assert piece.first == taken.get(piece.request_id, 0)  # where the batch before it stopped
+            taken[piece.request_id] = piece.last
+            lengths += waiting[piece.request_id].lengths[piece.first : piece.last]
+        assert sum(lengths) <= line.max_batch_tokens or len(lengths) == 1
+        tenants = [waiting[piece.request_id].key.digest for piece in batch.slices]
+        assert len({*tenants}) == sum(a != b for a, b in zip(tenants, ["", *tenants], strict=False))
+        assert all(tenant in line.resident for tenant in tenants)
     assert all(key.digest not in line.resident for key in plan.prefetch)
     assert set(plan.expire) == {i for d, i in line.queue.deadlines if d <= now_s}
     assert not {piece.request_id for piece in pieces} & set(plan.expire)
     assert plan.wake_s is None or plan.wake_s > now_s
     ready = [waiting[i] for i in line.queue.ready if i not in plan.expire]
-    assert bool(ready) == bool(pieces) or policy.window_s  # which waits for others first
+    assert bool(ready) == bool(pieces) or getattr(policy, "window_s", 0)  # which waits for others first
     if ready and name in ("fair", "urgent"):
         assert ready[0].request_id in {piece.request_id for piece in pieces}  # so nobody can starve
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", EVERY)
 @given(requests)
 @settings(max_examples=20)
 def test_everything_that_can_run_runs_exactly_once(name, entries):
     line = filled([(lengths, tenant, None, *rest) for lengths, tenant, _, *rest in entries])
-    policy = POLICIES[name]()
+    policy = EVERY[name]()
     wanted = sorted(i for i, request in line.queue.waiting.items() for _ in request.lengths)
     ran: list[int] = []
     for _ in range(len(wanted) + 10):
@@ -123,6 +136,41 @@ def test_a_window_waits_for_others_until_the_batch_is_full_or_the_oldest_waited(
     line.now_s = 0.05
     line.put(90)
     assert len(slices(policy.plan(line.view()))) == 2
+
+
+def test_a_pool_is_cut_when_its_window_ends_is_full_or_somebody_is_in_a_hurry():
+    """10 tokens take 20 ms at 1,000 a second and 10 ms a batch."""
+    line, policy = Line(tokens_per_s=1000.0), Pooled(policy=Fixed(4), costs=ProfileCosts(COST, 100), window_s=1.0)
+    ids = [line.put(10) for _ in range(6)]
+    plan = policy.plan(line.view())
+    assert (plan.batches, plan.wake_s) == ((), 1.0)
+    line.put(10, deadline_s=0.5)
+    assert policy.plan(line.view()).wake_s == pytest.approx(0.5 - 2 * 0.07)
+    line.now_s = 1.0
+    plan = policy.plan(line.view())
+    assert [[piece.request_id for piece in batch.slices] for batch in plan.batches] == [ids[:4], ids[4:]]
+    line.now_s = 0.0
+    assert Pooled(policy=Fixed(4), costs=ProfileCosts(COST, 100), max_pool=6).plan(line.view()).batches
+
+
+def test_inputs_of_one_request_keep_their_order_over_the_batches_of_a_pool():
+    """The shortest go together, so the request's inputs are in two batches; each takes its next ones."""
+    line = Line(max_batch_tokens=100)
+    long, short = line.put(30, 5, 30), line.put(5)
+    policy = Pooled(policy=AlphaOnly(), costs=ProfileCosts(CostModel.on_a_line(1e3, 0.0), 100), window_s=0.0)
+    plan = policy.plan(line.view())
+    assert [[(p.request_id, p.first, p.last) for p in batch.slices] for batch in plan.batches] == [
+        [(long, 0, 2)],
+        [(long, 2, 3), (short, 0, 1)],
+    ]
+
+
+def test_a_pool_costs_what_the_profile_says():
+    costs = ProfileCosts(COST, 100)
+    assert costs.alpha(20).tolist() == pytest.approx([0, 0.03, 0.05, 0.07, 0.09, 0.11])
+    assert costs.beta("low_rank", 20).tolist() == [0] * 6
+    with pytest.raises(ConfigError, match="the policy 'pool-joint' needs a profile"):
+        batch_policy("pool-joint")
 
 
 def test_an_unknown_policy_is_refused_with_those_there_are():

@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.arrivals import ARRIVALS, POPULARITY, Traffic, gaps_log, make_requests
-from runtime.policies.named import DEFAULT, POLICIES
+from runtime.cost import CostModel
+from runtime.policies.named import DEFAULT, POLICIES, POOLED, batch_policy
 from runtime.request_log import Offered
 from runtime.simulation_report import fair_shares, jain, report
 from runtime.simulator import Modules, World, simulate
 from vbert.errors import ConfigError
 
-SECOND = World(batch_s=lambda tokens, inputs: 1.0, max_batch_tokens=100, refuse=False)  # every batch takes one
+SECOND = World(batch_s=lambda tokens, inputs, tenants: 1.0, max_batch_tokens=100, refuse=False)  # every batch takes one
 
 
 def outcomes(done):
@@ -83,7 +84,7 @@ def test_modules_that_never_fit_are_found_out():
 
 # ---- laws ----------------------------------------------------------------------------------------------------------
 
-WORLD = World(batch_s=lambda tokens, inputs: 0.01 + tokens / 1000, max_batch_tokens=100)
+WORLD = World(batch_s=lambda tokens, inputs, tenants: 0.01 + tokens / 1000, max_batch_tokens=100)
 requests_of = st.lists(
     st.tuples(
         st.floats(0, 3),
@@ -97,7 +98,7 @@ requests_of = st.lists(
 
 
 @pytest.mark.parametrize("refuse", [True, False])
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", [*POLICIES, *POOLED])
 @given(rows=requests_of)
 @settings(max_examples=15, deadline=None)
 def test_everybody_ends_once_and_the_same_way_again(name, refuse, rows):
@@ -105,7 +106,8 @@ def test_everybody_ends_once_and_the_same_way_again(name, refuse, rows):
         Offered(at_s, who, tuple(lengths), *rest) for at_s, who, lengths, *rest in sorted(rows, key=lambda r: r[0])
     ]
     world = replace(WORLD, refuse=refuse, modules=Modules(num_bytes=lambda _: 1, load_s=lambda _: 0.02, budget_bytes=2))
-    done = simulate(requests, POLICIES[name](), world)
+    cost = CostModel.on_a_line(1000.0, 0.01)
+    done = simulate(requests, batch_policy(name, cost, max_batch_tokens=100), world)
     ok, at_s = done.is_ok(), np.array([request.at_s for request in requests])
     assert not np.isnan(done.end_s).any()
     assert (done.end_s >= at_s).all()
@@ -113,8 +115,8 @@ def test_everybody_ends_once_and_the_same_way_again(name, refuse, rows):
     tokens = sum(request.tokens for request, fine in zip(requests, ok, strict=True) if fine)
     assert tokens <= done.batch_tokens <= sum(request.tokens for request in requests)
     assert all(request.deadline_s is not None for request, fine in zip(requests, ok, strict=True) if not fine)
-    assert done.busy_s <= (done.end_s.max(initial=0.0) - at_s.min(initial=0.0)) + 1e-9 + WORLD.batch_s(100, 1) * 2
-    again = simulate(requests, POLICIES[name](), world)
+    assert done.busy_s <= (done.end_s.max(initial=0.0) - at_s.min(initial=0.0)) + 1e-9 + WORLD.batch_s(100, 1, 1) * 2
+    again = simulate(requests, batch_policy(name, cost, max_batch_tokens=100), world)
     assert done.end_s.tolist() == again.end_s.tolist()
 
 
