@@ -252,9 +252,21 @@ def test_a_short_deadline_takes_nobodys_share():
     line.put(10, tenant="other", deadline_s=60.0)
     many = [line.put(10, tenant="many", deadline_s=0.5) for _ in range(20)]
     calm = line.put(10, tenant="calm", deadline_s=60.0)
-    line.apply(FAIR.plan(line.view()))
-    assert [i for i, _ in FAIR.order(line.view())][:4] == [many[1], many[1], many[2], calm]
-    assert FairShares(ahead=100.0).batch_part == 0.1
+    policy = TokenBudget(order=FairShares())
+    line.apply(policy.plan(line.view()))
+    assert [i for i, _ in policy.order(line.view())][:4] == [many[1], many[1], many[2], calm]
+
+
+def test_batches_are_short_enough_for_the_shortest_deadline_and_leave_out_who_is_too_late():
+    """100 tokens a second: of 2 s a batch may take 0.5 s, 50 tokens. Who is due in 0.3 s cannot be in it, and is in none
+    while there are others; of those left alone it is computed all the same."""
+    line = Line(max_batch_tokens=100, tokens_per_s=100.0)
+    late = line.put(10, deadline_s=2.0)
+    line.now_s = 1.7
+    others = [line.put(10, deadline_s=60.0) for _ in range(9)]
+    assert line.apply(FAIR.plan(line.view())) == others[:5]
+    assert line.apply(FAIR.plan(line.view())) == others[5:]
+    assert line.apply(FAIR.plan(line.view())) == [late]
 
 
 STARVING = {"sjf", "sjf-packing"}
