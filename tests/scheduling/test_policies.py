@@ -258,7 +258,7 @@ def test_a_short_deadline_takes_nobodys_share():
 
 
 def test_batches_are_short_enough_for_the_shortest_deadline_and_leave_out_who_is_too_late():
-    """100 tokens a second: of 2 s a batch may take 0.5 s, 50 tokens. Who is due in 0.3 s cannot be in it, and is in none
+    """100 tokens a second: of 2 s a batch may take 0.5 s, 50 tokens. Who is due in 0.3 s cannot be in it, and is not
     while there are others; of those left alone it is computed all the same."""
     line = Line(max_batch_tokens=100, tokens_per_s=100.0)
     late = line.put(10, deadline_s=2.0)
