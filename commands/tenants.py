@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from commands import compress
 from commands.output import COLUMNS, add_json_flag, complain, show
 from commands.target import add_target_flags, check_name, put, target
 
@@ -32,6 +33,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     rollback = _command(commands, "rollback", _tell("rollback"), "serve the version that was active before", "NAME")
     remove = _command(commands, "remove", _remove, "forget a tenant with all its versions", "NAME")
     inspect = _command(commands, "inspect", _inspect, "say what is in a checkpoint before it is added", "FOLDER")
+    text = "make a small tenant of a fully fine-tuned model, and say what is lost"
+    smaller = _command(commands, "compress", compress.run, text, "FOLDER", "FILE")
+    compress.add_flags(smaller)
     check = _command(commands, "check", _check, "compare every file of a store with its checksum")
     for each in (add, add_all, inspect):
         each.add_argument("--task", help="classify, token_classify, embed or rerank, if checkpoints leave it open")

@@ -14,7 +14,7 @@ from vbert.formats.tensors import read_json, tensor_keys, weight_files
 from vbert.formats.transformers_folder import Backbone, read_backbone
 from vbert.tenant import Dense, TenantModule
 
-__all__ = ["read_transformers_head"]
+__all__ = ["read_transformers_head", "read_whole_model"]
 
 _TASKS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS", "Model": "FEATURE_EXTRACTION"}
 
@@ -23,6 +23,21 @@ def read_transformers_head(folder: Path, backbone: Backbone, task: str | None = 
     """Read the head of a whole model. task: a head kind; needed to make a one-label classifier a reranker.
 
     Raises: RefusedCheckpoint for another encoder, another architecture or weights that no known head uses.
+    """
+    module, other = read_whole_model(folder, backbone, task)
+    for name, weight in backbone.weights.items():
+        if not name.startswith("pooler.") and not torch.equal(weight, other.weights[name]):
+            raise RefusedCheckpoint(
+                f"{name} differs from the backbone's: a fully fine-tuned encoder is not served; make a tenant of the "
+                "difference with `vbert tenants compress`, or serve this folder as a backbone of its own"
+            )
+    return module
+
+
+def read_whole_model(folder: Path, backbone: Backbone, task: str | None = None) -> tuple[TenantModule, Backbone]:
+    """A tenant that is only the head of a whole model, and that model's encoder, which has the shape of the backbone.
+
+    Raises: RefusedCheckpoint for an encoder of another shape, another architecture or weights that no known head uses.
     """
     config = read_json(folder / "config.json")
     architecture = str((config.get("architectures") or [None])[0])
@@ -33,7 +48,7 @@ def read_transformers_head(folder: Path, backbone: Backbone, task: str | None = 
             param="architectures",
         )
     other = read_backbone(folder)
-    _check_same_encoder(backbone, other)
+    _check_same_shape(backbone, other)
     used: set[str] = set()
 
     def dense(path: str) -> Dense:
@@ -45,24 +60,16 @@ def read_transformers_head(folder: Path, backbone: Backbone, task: str | None = 
     head = head or build_head(backbone, peft_task, task, config, dense)
     _refuse_leftovers(folder, backbone.config.model_type, used)
     source = {"format": "transformers", "architecture": architecture}
-    return TenantModule(backbone_fingerprint=backbone.fingerprint, deltas=(), head=head, source=source)
+    return TenantModule(backbone_fingerprint=backbone.fingerprint, deltas=(), head=head, source=source), other
 
 
-def _check_same_encoder(backbone: Backbone, other: Backbone) -> None:
+def _check_same_shape(backbone: Backbone, other: Backbone) -> None:
     for field in fields(backbone.config):
         ours, theirs = getattr(backbone.config, field.name), getattr(other.config, field.name)
         if ours != theirs and field.name != "has_pooler":
             raise RefusedCheckpoint(
                 f"{field.name} is {theirs!r}, the backbone's is {ours!r}; use the backbone that it was trained on",
                 param=field.name,
-            )
-    for name, weight in backbone.weights.items():
-        if name.startswith("pooler."):
-            continue
-        if name not in other.weights or not torch.equal(weight, other.weights[name]):
-            raise RefusedCheckpoint(
-                f"{name} differs from the backbone's: a fully fine-tuned encoder is not served; train an adapter on "
-                "the backbone, or serve this folder as a backbone of its own"
             )
 
 
