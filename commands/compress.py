@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +34,7 @@ def run(args: argparse.Namespace) -> None:
     from training.progress import progress_bar
     from vbert.formats import read_backbone
     from vbert.formats.compressed import Compression, compress_folder
+    from vbert.formats.convert import to_own_file
 
     backbone = read_backbone(args.backbone)
     compression = Compression(max_rank=args.rank, max_error=args.error, max_density=args.density)
@@ -46,30 +46,12 @@ def run(args: argparse.Namespace) -> None:
             task=args.task,
             progress=lambda done, total: progress("compressing layers", done, total),
         )
-        data = _file(compressed, backbone, args.store_dtype)
+        data = to_own_file(compressed.module, backbone, args.store_dtype)
         ours, theirs = (backbone, compressed.module), (compressed.original, compressed.whole)
         report = compare_answers(ours, theirs, _inputs(args, backbone), progress)
     out = Path(args.file)
     out.write_bytes(data)
     show({"file": str(out), "num_bytes": len(data)} | _losses(compressed) | report, as_json=args.json)
-
-
-def _file(compressed: Compressed, backbone: Backbone, dtype: str) -> bytes:
-    """A native file, whose self-tests hold its own answers by the dense reference."""
-    import torch
-
-    from vbert.checkpoint import read_tenant_bytes, write_tenant
-    from vbert.formats.convert import check_native
-    from vbert.selftest import make_self_tests
-    from vbert.tokenizer import Tokenizer
-
-    module = compressed.module
-    if dtype == "bfloat16":
-        module = read_tenant_bytes(write_tenant(module, torch.bfloat16))
-    tests = make_self_tests(backbone, module, Tokenizer.load(backbone.folder, backbone.config))
-    data = write_tenant(replace(module, self_tests=tests), getattr(torch, dtype))
-    check_native(data, backbone)
-    return data
 
 
 def _inputs(args: argparse.Namespace, backbone: Backbone) -> list[Encoded]:

@@ -13,10 +13,11 @@ from vbert.formats.original import self_tests
 from vbert.formats.transformers_folder import Backbone
 from vbert.header import TenantHeader, parse_header
 from vbert.reference import dense_forward
-from vbert.selftest import check_outputs
+from vbert.selftest import check_outputs, make_self_tests
 from vbert.tenant import TenantModule
+from vbert.tokenizer import Tokenizer
 
-__all__ = ["check_native", "to_native"]
+__all__ = ["check_native", "to_native", "to_own_file"]
 
 
 def to_native(path: Path, backbone: Backbone, *, task: str | None = None, dtype: str = "float32") -> bytes:
@@ -33,6 +34,16 @@ def to_native(path: Path, backbone: Backbone, *, task: str | None = None, dtype:
     if dtype == "float32":
         return write_tenant(module)
     return write_tenant(_rounded(module, backbone), torch.bfloat16)
+
+
+def to_own_file(module: TenantModule, backbone: Backbone, dtype: str = "float32") -> bytes:
+    """A native file whose self-tests hold its own answers by the dense reference, for a module that no library wrote."""
+    if dtype == "bfloat16":
+        module = read_tenant_bytes(write_tenant(module, torch.bfloat16))
+    tests = make_self_tests(backbone, module, Tokenizer.load(backbone.folder, backbone.config))
+    data = write_tenant(replace(module, self_tests=tests), torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    check_native(data, backbone)
+    return data
 
 
 def check_native(data: bytes, backbone: Backbone) -> TenantHeader:
