@@ -37,7 +37,7 @@ def to_native(path: Path, backbone: Backbone, *, task: str | None = None, dtype:
 
 
 def to_own_file(module: TenantModule, backbone: Backbone, dtype: str = "float32") -> bytes:
-    """A native file whose self-tests hold its own answers by the dense reference, for a module that no library wrote."""
+    """A native file whose self-tests hold its own answers by the dense reference: of a module that no library wrote."""
     if dtype == "bfloat16":
         module = read_tenant_bytes(write_tenant(module, torch.bfloat16))
     tests = make_self_tests(backbone, module, Tokenizer.load(backbone.folder, backbone.config))
