@@ -19,7 +19,7 @@ from torch import Tensor
 from runtime.clock import Clock
 from runtime.errors import ComputeFailed
 from runtime.lane_feed import Arriving, LaneFeed
-from runtime.launch import LEAST_WORK, LEFT, Computed, Launch, Outcome
+from runtime.launch import LEAST_WORK, LEFT, Computed, Launch, Outcome, joined
 from runtime.lower_stores import LowerStores, without_stores
 from runtime.pressure import is_out_of_memory
 from runtime.request import Way
@@ -29,6 +29,7 @@ from runtime.threads import ThreadChoice
 from runtime.trace import Trace
 from vbert.arena import ResidentTenant
 from vbert.model import Model, SequenceInput
+from vbert.packing import by_weights
 from vbert.rows import RowSource
 
 __all__ = ["Forwards"]
@@ -117,7 +118,14 @@ class Forwards:
         return self.ring.num_bytes + self._own_ring.num_bytes
 
     def submit(self, launch: Launch) -> Future[Computed]:
-        """Compute a batch after those submitted before it. Only a bug of ours makes the future raise."""
+        """Compute a batch after those submitted before it, in parts where tenants have weights of their own. Only a bug
+        of ours makes the future raise."""
+        groups = by_weights(launch.sequences)
+        if len(groups) == 1:
+            return self._submit(launch)
+        return joined([self._submit(launch.part(places)) for places in groups], groups)
+
+    def _submit(self, launch: Launch) -> Future[Computed]:
         answer: Future[Computed] = Future()
         early = self._rows.submit(self._prepare, launch) if self._rows and self._overlapped else None
         self._compute.submit(self._run, launch, early, answer)

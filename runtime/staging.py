@@ -167,7 +167,8 @@ class Preparer:
         given = None if routes.found is None else self._sent(routes.found.rows)
         stored = None if routes.skipped is None else self._sent(routes.skipped.entry.rows)
         entering = batch.entering
-        staging = self._filled(entering.rows) if self._source is not None and entering is not None else None
+        looks_up = self._source is not None and entering is not None and batch.whole is None
+        staging = self._filled(entering.rows) if looks_up and entering is not None else None
         return Prepared(batch, begin, self._stream.record(), self._ring, staging, given, stored, routes)
 
     def _sent(self, rows: Tensor | None) -> Tensor | None:

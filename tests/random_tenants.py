@@ -8,7 +8,19 @@ import torch
 
 from vbert.config import EMBEDDING_LAYER, LINEAR_SITES
 from vbert.formats.transformers_folder import Backbone
-from vbert.tenant import BOTTLENECK_SITES, Affine, Bottleneck, Dense, Exit, Head, LowRank, Norm, Sparse, TenantModule
+from vbert.tenant import (
+    BOTTLENECK_SITES,
+    Affine,
+    Bottleneck,
+    Dense,
+    Exit,
+    Head,
+    LowRank,
+    Norm,
+    OwnWeights,
+    Sparse,
+    TenantModule,
+)
 
 DELTA_KINDS = ("lora", "lora_all", "houlsby", "pfeiffer", "parallel", "vbert", "bitfit", "ia3", "mask", "diff", "none")
 HEADS = ("classify", "multi_label", "regression", "pooler", "token_classify", "embed", "embed_cls", "rerank")
@@ -40,6 +52,14 @@ class Factory:
             for layer, head in zip(layers, heads, strict=True)
         )
         return replace(module, exits=exits, exit_threshold=threshold)
+
+    def whole(self):
+        """Weights of its own, about as large as the backbone's."""
+        for (layer, site), parts in self.config.weight_shapes().items():
+            is_norm = site.endswith("norm")
+            weight = self.normal(*parts["weight"], std=0.1, mean=1.0 if is_norm else 0.0)
+            bias = self.normal(*parts["bias"], std=0.1) if "bias" in parts else None
+            yield OwnWeights(layer=layer, site=site, weight=weight, bias=bias)
 
     def low_rank(self, sites, rank):
         c = self.config

@@ -10,10 +10,19 @@ from dataclasses import dataclass
 
 from vbert.errors import ConfigError
 
-__all__ = ["ACTIVATIONS", "EMBEDDING_LAYER", "LINEAR_SITES", "MODEL_TYPES", "NORM_SITES", "EncoderConfig"]
+__all__ = [
+    "ACTIVATIONS",
+    "EMBEDDING_LAYER",
+    "LINEAR_SITES",
+    "MODEL_TYPES",
+    "NORM_SITES",
+    "WEIGHT_SITES",
+    "EncoderConfig",
+]
 
 LINEAR_SITES = ("q", "k", "v", "attn_out", "ffn_up", "ffn_down")
 NORM_SITES = ("attn_norm", "ffn_norm", "emb_norm")
+WEIGHT_SITES = ("qkv", "attn_out", "attn_norm", "ffn_up", "ffn_down", "ffn_norm")  # of a layer; qkv: rows of q, k, v
 EMBEDDING_LAYER = -1
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "distilbert", "mpnet")
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "tanh", "identity")
@@ -62,3 +71,23 @@ class EncoderConfig:
     def site_out(self, site: str) -> int:
         """Width of the rows that leave a site (a LayerNorm keeps the width)."""
         return self.ffn_size if site == "ffn_up" else self.hidden_size
+
+    def weight_shapes(self) -> dict[tuple[int, str], dict[str, tuple[int, ...]]]:
+        """All weights of the encoder: (layer, site) -> part -> shape, linears as [out, in]."""
+        hidden = self.hidden_size
+        norm: dict[str, tuple[int, ...]] = {"weight": (hidden,), "bias": (hidden,)}
+        tables = {
+            "word_embeddings": (self.vocab_size, hidden),
+            "position_embeddings": (self.max_length + self.position_offset, hidden),
+            "type_embeddings": (self.type_vocab_size, hidden),
+            "relative_attention_bias": (self.relative_buckets, self.num_heads),
+        }
+        shapes: dict[tuple[int, str], dict[str, tuple[int, ...]]]
+        shapes = {(EMBEDDING_LAYER, site): {"weight": shape} for site, shape in tables.items() if shape[0]}
+        shapes[EMBEDDING_LAYER, "emb_norm"] = dict(norm)
+        for layer in range(self.num_layers):
+            for site in WEIGHT_SITES:
+                out = 3 * hidden if site == "qkv" else self.site_out(site)
+                linear: dict[str, tuple[int, ...]] = {"weight": (out, self.site_in(site)), "bias": (out,)}
+                shapes[layer, site] = dict(norm) if site in NORM_SITES else linear
+        return shapes

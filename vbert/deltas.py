@@ -30,7 +30,7 @@ class BatchDeltas:
         """tenants: [S], None for the bare backbone.  starts: [S + 1] rows, segment s being starts[s]:starts[s + 1]."""
         members: dict[ArenaClass, list[tuple[int, int, int]]] = {}
         for s, tenant in enumerate(tenants):
-            for arena_class, slot in tenant.slots if tenant else ():
+            for arena_class, slot in tenant.slots if tenant and not tenant.header.is_whole else ():
                 members.setdefault(arena_class, []).append((slot, starts[s], starts[s + 1]))
         self._uses: dict[str, list[ClassUse]] = {"low_rank": [], "bottleneck": [], "affine": [], "sparse": []}
         for arena_class, rows in members.items():

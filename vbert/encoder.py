@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vbert.activations import activate_
+from vbert.arena import ResidentTenant
 from vbert.attention import Attention, PackedAttention, RelativeBias, VarlenAttention
 from vbert.batch import PackedRows
 from vbert.config import EMBEDDING_LAYER, EncoderConfig
@@ -65,7 +66,8 @@ class Encoder:
         device: torch.device,
         words: RowSource | None = None,
     ) -> None:
-        """weights: the canonical float32 tensors of vbert/formats/transformers_folder.py. words: the word embeddings,
+        """weights: the canonical float32 tensors of vbert/formats/transformers_folder.py, or with q, k and v in one,
+        which is used as it is where dtype and device are those. words: the word embeddings,
         of this dtype, where they are not to be kept in memory."""
         self.config, self.dtype, self.device, self._words = config, dtype, device, words
 
@@ -79,6 +81,8 @@ class Encoder:
             return _Norm(get(f"{prefix}.weight"), get(f"{prefix}.bias"))
 
         def qkv(prefix: str) -> _Linear:
+            if f"{prefix}.qkv.weight" in weights:
+                return linear(f"{prefix}.qkv")
             parts = [linear(f"{prefix}.{site}") for site in ("q", "k", "v")]
             return _Linear(torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts]))
 
@@ -98,6 +102,17 @@ class Encoder:
             for p in (f"layers.{i}" for i in range(config.num_layers))
         )
         self._relative = RelativeBias(get("relative_attention_bias")) if config.relative_buckets else None
+
+    @classmethod
+    def of_tenant(cls, config: EncoderConfig, tenant: ResidentTenant) -> Encoder:
+        """Of a tenant with weights of its own: views of its slot, nothing is copied."""
+        ((arena_class, slot),) = tenant.slots
+        weights = {}
+        for (layer, site), (_, parts) in arena_class.at.items():
+            for part, every in parts.items():
+                name = f"layers.{layer}.{site}.{part}" if layer != EMBEDDING_LAYER else f"{site}.{part}"
+                weights[name if site == "emb_norm" or layer != EMBEDDING_LAYER else site] = every[slot]
+        return cls(config, weights, arena_class.values.dtype, arena_class.values.device)
 
     @property
     def num_bytes(self) -> int:

@@ -90,6 +90,11 @@ class TenantHeader:
         return tuple(self.layouts)
 
     @property
+    def is_whole(self) -> bool:
+        """Whether the tenant has an encoder of its own."""
+        return "weights" in self.layouts
+
+    @property
     def lowest_layer(self) -> int | None:
         """The lowest layer that has a delta, or an exit before it; None for a tenant that is a head only."""
         changed = {entry.layer for layout in self.layouts.values() for entry in layout.entries}
@@ -125,6 +130,8 @@ class TenantHeader:
                 f"a tenant that skips layers below {skip.config.first_layer} has a delta, or an exit, in layer "
                 f"{lowest}; train it with those from layer {skip.config.first_layer} on"
             )
+        if self.is_whole and len(self.layouts) > 1:
+            raise CorruptFile(f"whole weights beside deltas of kind {', '.join(self.layouts)}; fold those in; {AGAIN}")
         for layout in self.layouts.values():
             if layout.key not in known:
                 layout.check(config)

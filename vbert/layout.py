@@ -19,17 +19,18 @@ from torch import Tensor
 
 from vbert.config import ACTIVATIONS, EMBEDDING_LAYER, LINEAR_SITES, NORM_SITES, EncoderConfig
 from vbert.errors import CorruptFile, ShapeError
-from vbert.tenant import BOTTLENECK_SITES, Affine, Bottleneck, Delta, LowRank, Norm, Sparse
+from vbert.tenant import BOTTLENECK_SITES, Affine, Bottleneck, Delta, LowRank, Norm, OwnWeights, Sparse
 
 __all__ = ["KINDS", "SlotEntry", "SlotLayout", "kind_of", "pack", "unpack"]
 
-KINDS = ("low_rank", "bottleneck", "affine", "sparse")
+KINDS = ("low_rank", "bottleneck", "affine", "sparse", "weights")
 _ALIGN = 16  # numbers: 64 bytes in float32, 32 in bfloat16
 _PARTS: dict[str, tuple[str, ...]] = {
     "low_rank": ("a", "b"),
     "bottleneck": ("down", "down_bias", "up", "up_bias"),
     "affine": ("input_scale", "scale", "shift", "weight", "bias"),
     "sparse": ("values",),
+    "weights": ("weight", "bias"),
 }
 
 
@@ -95,7 +96,11 @@ class SlotLayout:
         return grouped
 
     def check(self, config: EncoderConfig) -> None:
-        """Raise CorruptFile where a site does not exist in this backbone or has another width."""
+        """Raise CorruptFile where a site does not exist in this backbone or has another width, or where whole weights
+        are not whole."""
+        if self.kind == "weights":
+            self._check_whole(config)
+            return
         taps: set[tuple[int, str]] = set()
         for (layer, site, variant), parts in self.sites().items():
             where = f"{self.kind} at layer {layer}, {site}"
@@ -108,6 +113,19 @@ class SlotLayout:
                 if (layer, site.split(".")[0]) in taps:
                     raise CorruptFile(f"{where}: two bottlenecks around one sub-layer have no defined order")
                 taps.add((layer, site.split(".")[0]))
+
+    def _check_whole(self, config: EncoderConfig) -> None:
+        here = {
+            (layer, site): {p: e.shape for p, e in parts.items()} for (layer, site, _), parts in self.sites().items()
+        }
+        wanted = config.weight_shapes()
+        for place in wanted.keys() | here.keys():
+            if here.get(place) != wanted.get(place):
+                layer, site = place
+                raise CorruptFile(
+                    f"weights at layer {layer}, {site}: shapes {here.get(place)}, the backbone's are "
+                    f"{wanted.get(place)}; use the backbone that it was trained from"
+                )
 
 
 @lru_cache(maxsize=256)
@@ -130,6 +148,8 @@ def kind_of(delta: Delta) -> str:
             return "sparse"
         case Affine() | Norm():
             return "affine"
+        case OwnWeights():
+            return "weights"
 
 
 def pack(deltas: Sequence[Delta]) -> dict[str, tuple[SlotLayout, Tensor]]:
@@ -170,6 +190,8 @@ def unpack(
             deltas.append(Bottleneck(layer=layer, site=site, activation=variant, **views))
         elif layout.kind == "affine":
             deltas.append((Norm if site in NORM_SITES else Affine)(layer=layer, site=site, **views))
+        elif layout.kind == "weights":
+            deltas.append(OwnWeights(layer=layer, site=site, **views))
         else:
             assert indices is not None
             assert row_starts is not None

@@ -112,14 +112,16 @@ class Model:
 
     def _to_the_end(self, batch: PackedBatch, feed: Feed, left: Left) -> tuple[Tensor, PackedBatch | None]:
         """Last hidden states, and the batch of those that came so far; `left` gets the others."""
-        word_rows = feed.word_rows()
+        whole = batch.whole
+        encoder = self.encoder if whole is None else Encoder.of_tenant(self.config, whole)
+        word_rows = feed.word_rows() if whole is None else None
         everything = partial(self._wait_for_all, feed)
-        plain = word_rows is None and batch.junction is None and not batch.exits
+        plain = word_rows is None and batch.junction is None and not batch.exits and whole is None
         if self._graphs is not None and plain and (graph := self._graphs.find(batch, everything)):
             everything()  # a graph cannot wait inside
             return graph.run(batch), batch
         if word_rows is None and batch.entering is not None:
-            word_rows = self.encoder.mapped_words(batch.entering.rows)
+            word_rows = encoder.mapped_words(batch.entering.rows)
         elif word_rows is not None and word_rows.is_cuda:
             word_rows.record_stream(torch.cuda.current_stream(self.device))  # made on another
         try:
@@ -127,7 +129,7 @@ class Model:
         except IndexError:
             space = self._new_space()
         try:
-            return self._all_layers(self._moved(batch), space, feed, word_rows, left)
+            return self._all_layers(encoder, self._moved(batch), space, feed, word_rows, left)
         finally:
             self._spaces.append(space)
 
@@ -163,26 +165,32 @@ class Model:
 
     def _layers(self, batch: PackedBatch, space: Workspace) -> Tensor:
         """All layers of a batch whose tensors are on the model's device, and which nobody leaves."""
-        return self._all_layers(batch, space, _Nothing(), None, {})[0]
+        return self._all_layers(self.encoder, batch, space, _Nothing(), None, {})[0]
 
     def _all_layers(
-        self, batch: PackedBatch, space: Workspace, feed: Feed, word_rows: Tensor | None, left: Left
+        self,
+        encoder: Encoder,
+        batch: PackedBatch,
+        space: Workspace,
+        feed: Feed,
+        word_rows: Tensor | None,
+        left: Left,
     ) -> tuple[Tensor, PackedBatch | None]:
         num_layers = self.config.num_layers
         if (junction := batch.junction) is None:
-            hidden = self._embedded(batch, feed, word_rows)
-            return self._upwards(range(num_layers), batch, hidden, space, feed, left)
+            hidden = _embedded(encoder, batch, feed, word_rows)
+            return self._upwards(encoder, range(num_layers), batch, hidden, space, feed, left)
         parts: list[Tensor] = []
         if (lower := junction.lower) is not None:
-            hidden = self._embedded(lower, feed, word_rows)
+            hidden = _embedded(encoder, lower, feed, word_rows)
             # whoever leaves here stays in the batch until the junction: others may want its states
             places = lower.order if junction.source is None else [junction.computed[k] for k in lower.order]
-            attention = self.encoder.attention(lower.rows)
+            attention = encoder.attention(lower.rows)
             for i in range(junction.layer):
                 if i in lower.exits:
                     leave(i, hidden, lower, places, left)
                 feed.before_layer(i)
-                hidden = self.encoder.layer(i, hidden, attention, lower.deltas, space)
+                hidden = encoder.layer(i, hidden, attention, lower.deltas, space)
             parts.append(hidden)
             if len(junction.kept):
                 feed.keep(parts[0].index_select(0, junction.kept))
@@ -197,17 +205,20 @@ class Model:
         hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
         if junction.source is not None:
             hidden = hidden.index_select(0, junction.source)
-        return self._upwards(range(junction.layer, num_layers), batch, hidden, space, feed, left)
-
-    def _embedded(self, batch: PackedBatch, feed: Feed, word_rows: Tensor | None) -> Tensor:
-        feed.before_layer(EMBEDDING_LAYER)
-        return self.encoder.embed(batch.rows, batch.deltas, word_rows)
+        return self._upwards(encoder, range(junction.layer, num_layers), batch, hidden, space, feed, left)
 
     def _upwards(
-        self, layers: range, batch: PackedBatch, hidden: Tensor, space: Workspace, feed: Feed, left: Left
+        self,
+        encoder: Encoder,
+        layers: range,
+        batch: PackedBatch,
+        hidden: Tensor,
+        space: Workspace,
+        feed: Feed,
+        left: Left,
     ) -> tuple[Tensor, PackedBatch | None]:
         """To the last layer, with those that do not leave on the way."""
-        attention = self.encoder.attention(batch.rows)
+        attention = encoder.attention(batch.rows)
         gone = 0  # of `left`, those that are no longer in the batch
         for i in layers:
             if i in batch.exits:
@@ -218,10 +229,15 @@ class Model:
                 gone = len(left)
                 hidden = hidden.index_select(0, rows_of(batch, rest).to(hidden.device))
                 batch = self._moved(batch.only(rest, self.config, self.embed_head))
-                attention = self.encoder.attention(batch.rows)
+                attention = encoder.attention(batch.rows)
             feed.before_layer(i)
-            hidden = self.encoder.layer(i, hidden, attention, batch.deltas, space)
+            hidden = encoder.layer(i, hidden, attention, batch.deltas, space)
         return hidden, batch
+
+
+def _embedded(encoder: Encoder, batch: PackedBatch, feed: Feed, word_rows: Tensor | None) -> Tensor:
+    feed.before_layer(EMBEDDING_LAYER)
+    return encoder.embed(batch.rows, batch.deltas, word_rows)
 
 
 class _Nothing:

@@ -20,7 +20,7 @@ from vbert.ngram.index import shortened
 from vbert.skip import SLOTS, SkipConfig
 from vbert.tenant import Exit, Head
 
-__all__ = ["Junction", "PackedBatch", "SequenceInput", "Ways", "own_ways", "pack_joined"]
+__all__ = ["Junction", "PackedBatch", "SequenceInput", "Ways", "by_weights", "own_ways", "pack_joined"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,18 +112,21 @@ class PackedBatch:
     order: tuple[int, ...]
     sequences: tuple[SequenceInput, ...]
     exits: Mapping[int, Sequence[int]]
-    tenants: tuple[ResidentTenant, ...]  # distinct
+    tenants: tuple[ResidentTenant, ...]  # distinct; one with weights of its own has a batch of its own
     junction: Junction | None = None
 
     @classmethod
     def build(cls, sequences: Sequence[SequenceInput], config: EncoderConfig, embed_head: Head) -> PackedBatch:
-        """Pack at least one sequence; each has between 1 and config.max_length tokens."""
+        """Pack at least one sequence; each has between 1 and config.max_length tokens. Raises ShapeError where a tenant
+        with weights of its own is not alone."""
         order = sorted(range(len(sequences)), key=lambda i: _packing_key(sequences[i].tenant))
         packed = [sequences[i] for i in order]
         rows = PackedRows.build([s.token_ids for s in packed], [s.type_ids for s in packed], config)
         firsts = [j for j, s in enumerate(packed) if j == 0 or s.tenant is not packed[j - 1].tenant]
         tenants = [packed[j].tenant for j in firsts]
         starts = [int(rows.cu_seqlens[j]) for j in (*firsts, len(packed))]
+        if len(tenants) > 1 and any(tenant is not None and tenant.header.is_whole for tenant in tenants):
+            raise ShapeError("a tenant with weights of its own shares no batch; see `by_weights`")
         exits: dict[int, list[int]] = {}
         for j, s in enumerate(packed):
             for each in s.exits:
@@ -137,6 +140,11 @@ class PackedBatch:
             exits=exits,
             tenants=tuple(t for t in tenants if t is not None),
         )
+
+    @property
+    def whole(self) -> ResidentTenant | None:
+        """The tenant whose weights compute this batch; None: the backbone's do."""
+        return next((tenant for tenant in self.tenants if tenant.header.is_whole), None)
 
     def only(self, chosen: Sequence[int], config: EncoderConfig, embed_head: Head) -> PackedBatch:
         """At least one of its sequences, by ascending packed position, without a junction; in host memory."""
@@ -204,6 +212,16 @@ def pack_joined(sequences: Sequence[SequenceInput], config: EncoderConfig, embed
     source = _ranges(begin[np.array(ways.first)], lengths, batch.order)
     num_given = int(lengths[list(ways.given)].sum())
     return replace(batch, junction=Junction(ways.layer, lower, num_given, source, kept, ways.entry, computed))
+
+
+def by_weights(sequences: Sequence[SequenceInput]) -> list[list[int]]:
+    """Places of the sequences that may share a batch: those that the backbone's weights compute, then those of each
+    tenant with weights of its own."""
+    groups: dict[str, list[int]] = {}
+    for i, sequence in enumerate(sequences):
+        tenant = sequence.tenant
+        groups.setdefault(tenant.digest if tenant is not None and tenant.header.is_whole else "", []).append(i)
+    return [groups[key] for key in sorted(groups)]
 
 
 def own_ways(sequences: Sequence[SequenceInput], skip: SkipConfig) -> Ways | None:

@@ -17,7 +17,7 @@ from vbert.config import EMBEDDING_LAYER, EncoderConfig
 from vbert.errors import ShapeError
 from vbert.formats.transformers_folder import Backbone
 from vbert.skip import Skip
-from vbert.tenant import Affine, Bottleneck, Delta, Head, LowRank, Norm, Sparse, TenantModule
+from vbert.tenant import Affine, Bottleneck, Delta, Head, LowRank, Norm, OwnWeights, Sparse, TenantModule
 
 __all__ = ["dense_forward", "dense_hidden", "merge"]
 
@@ -98,6 +98,9 @@ def merge(weights: Weights, deltas: Iterable[Delta]) -> Weights:
     for delta in sorted(deltas, key=lambda delta: isinstance(delta, Affine)):
         if isinstance(delta, Bottleneck):
             continue
+        if isinstance(delta, OwnWeights):
+            merged |= _replaced(delta)
+            continue
         name = "emb_norm" if delta.layer == EMBEDDING_LAYER else f"layers.{delta.layer}.{delta.site}"
         weight, bias = merged[f"{name}.weight"], merged[f"{name}.bias"]
         if isinstance(delta, LowRank):
@@ -110,6 +113,17 @@ def merge(weights: Weights, deltas: Iterable[Delta]) -> Weights:
             weight, bias = _scaled(delta, weight, bias)
         merged[f"{name}.weight"], merged[f"{name}.bias"] = weight, bias
     return merged
+
+
+def _replaced(delta: OwnWeights) -> dict[str, Tensor]:
+    """By our names."""
+    weight, bias = delta.weight.float(), _float(delta.bias)
+    if delta.layer == EMBEDDING_LAYER:
+        return {delta.site: weight} if bias is None else {f"{delta.site}.weight": weight, f"{delta.site}.bias": bias}
+    assert bias is not None
+    sites = ("q", "k", "v") if delta.site == "qkv" else (delta.site,)
+    parts = zip(sites, weight.chunk(len(sites)), bias.chunk(len(sites)), strict=True)
+    return {f"layers.{delta.layer}.{s}.{p}": t for s, w, b in parts for p, t in (("weight", w), ("bias", b))}
 
 
 def _dense(delta: Sparse, width: int) -> Tensor:

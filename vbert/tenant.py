@@ -3,7 +3,7 @@
 Readers (vbert/formats/) make it, the dense reference (vbert/reference.py) reads it, and vbert/checkpoint.py packs
 it into the native file, whose data section is what an arena slot holds. Nothing here knows a batch or a device.
 
-A delta is one of four kinds at one site of one layer (docs/architecture.md). At one linear the order is: input
+A delta is one of five kinds at one site of one layer (docs/architecture.md). At one linear the order is: input
 scale; shared product and bias; + low rank + sparse; then scale and shift.
 """
 
@@ -26,6 +26,7 @@ __all__ = [
     "Head",
     "LowRank",
     "Norm",
+    "OwnWeights",
     "SelfTest",
     "Sparse",
     "TenantModule",
@@ -103,7 +104,17 @@ class Sparse:
     values: Tensor  # [nnz] float32
 
 
-Delta = LowRank | Bottleneck | Affine | Norm | Sparse
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnWeights:
+    """Weights in place of the shared ones. A tenant has them for every site, and then no other delta, or for none."""
+
+    layer: int  # EMBEDDING_LAYER for tables and emb_norm
+    site: str  # as `EncoderConfig.weight_shapes` has them
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+Delta = LowRank | Bottleneck | Affine | Norm | Sparse | OwnWeights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from training.compare_answers import compare_answers
+from vbert.checkpoint import write_tenant
 from vbert.config import MODEL_TYPES
 from vbert.errors import RefusedCheckpoint
-from vbert.formats import read_backbone, read_tenant
+from vbert.formats import read_tenant
 from vbert.formats.compressed import Compression, compress_folder, worst
 from vbert.reference import dense_forward
-from vbert.tenant import Affine, LowRank, Norm, Sparse
+from vbert.tenant import Affine, LowRank, Norm, OwnWeights, Sparse
 from vbert.tokenizer import Tokenizer
 
 TEXTS = ["one text", "another one, a little longer", ("a pair", "of texts")]
@@ -149,8 +150,9 @@ def test_wrong_settings_are_refused(wrong):
         Compression(**wrong)
 
 
-def test_add_says_what_to_do_with_a_fully_fine_tuned_model(bases, tmp_path):
-    folder = fine_tuned(bases["bert"], tmp_path, low_rank)
-    with pytest.raises(RefusedCheckpoint, match="`vbert tenants compress`"):
-        read_tenant(folder, bases["bert"])
-    assert read_backbone(folder).config == bases["bert"].config
+def test_it_is_smaller_than_the_whole_model(bases, tmp_path):
+    backbone = bases["bert"]
+    folder = fine_tuned(backbone, tmp_path, low_rank)
+    whole, small = read_tenant(folder, backbone), compress_folder(folder, backbone, Compression()).module
+    assert {type(delta) for delta in whole.deltas} == {OwnWeights}
+    assert len(write_tenant(small)) < len(write_tenant(whole)) / 2

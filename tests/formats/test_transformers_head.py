@@ -1,4 +1,4 @@
-"""A whole `transformers` model over the backbone's encoder is a head-only tenant; another encoder is refused."""
+"""A whole `transformers` model: over the backbone's encoder a head-only tenant, else one with weights of its own."""
 
 import json
 
@@ -11,6 +11,7 @@ from tests.tiny import tiny_backbone
 from vbert.config import MODEL_TYPES
 from vbert.errors import CorruptFile, RefusedCheckpoint
 from vbert.formats import read_backbone, read_tenant
+from vbert.tenant import OwnWeights
 
 
 def save(tiny, folder, head, **options):
@@ -64,10 +65,20 @@ def test_a_bare_encoder_with_other_pooling_embeds(tiny, tmp_path):
     assert assert_equal_original(tiny["bert"], folder).head.pooling == "cls"
 
 
-def test_another_encoder_is_refused_with_the_weight(tiny, tmp_path):
-    other = tiny_backbone("bert", tmp_path / "other", seed=5)
-    with pytest.raises(RefusedCheckpoint, match="word_embeddings differs"):
-        read_tenant(other, tiny["bert"].backbone)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification"])
+def test_a_fully_fine_tuned_model_equals_transformers(tiny, tmp_path, model_type, head):
+    """Every weight differs, the pooler's too."""
+    other = tiny_backbone(model_type, tmp_path / "other", seed=5)
+    import transformers
+
+    getattr(transformers, f"AutoModelFor{head}").from_pretrained(other, num_labels=3).save_pretrained(tmp_path / "own")
+    module = assert_equal_original(tiny[model_type], tmp_path / "own")
+    assert {type(delta) for delta in module.deltas} == {OwnWeights}
+    assert not module.head.shared_pooler
+
+
+def test_an_encoder_of_another_shape_is_refused(tiny, tmp_path):
     with pytest.raises(RefusedCheckpoint, match="model_type is 'roberta'"):
         read_tenant(tiny["roberta"].folder, tiny["bert"].backbone)
     same = tiny_backbone("bert", tmp_path / "eps", layer_norm_eps=1e-5)

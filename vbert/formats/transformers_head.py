@@ -1,37 +1,50 @@
-"""A `transformers` folder with a task head over the backbone's own encoder weights: a tenant that is only a head."""
+"""A `transformers` folder with a task head: over the backbone's own encoder weights a tenant that is only a head, else
+one with weights of its own."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 
+from vbert.config import EMBEDDING_LAYER
 from vbert.errors import RefusedCheckpoint
 from vbert.formats.names import NAMES
 from vbert.formats.task_head import KIND_OF_TASK, POOLER, backbone_dense, build_head
 from vbert.formats.tensors import read_json, tensor_keys, weight_files
 from vbert.formats.transformers_folder import Backbone, read_backbone
-from vbert.tenant import Dense, TenantModule
+from vbert.tenant import Dense, OwnWeights, TenantModule
 
-__all__ = ["read_transformers_head", "read_whole_model"]
+__all__ = ["own_weights", "read_transformers_head", "read_whole_model"]
 
 _TASKS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS", "Model": "FEATURE_EXTRACTION"}
 
 
 def read_transformers_head(folder: Path, backbone: Backbone, task: str | None = None) -> TenantModule:
-    """Read the head of a whole model. task: a head kind; needed to make a one-label classifier a reranker.
+    """Read a whole model: its head, and all its weights unless they are the backbone's own. task: a head kind; needed
+    to make a one-label classifier a reranker.
 
-    Raises: RefusedCheckpoint for another encoder, another architecture or weights that no known head uses.
+    Raises: RefusedCheckpoint for an encoder of another shape, another architecture or weights that no known head uses.
     """
     module, other = read_whole_model(folder, backbone, task)
-    for name, weight in backbone.weights.items():
-        if not name.startswith("pooler.") and not torch.equal(weight, other.weights[name]):
-            raise RefusedCheckpoint(
-                f"{name} differs from the backbone's: a fully fine-tuned encoder is not served; make a tenant of the "
-                "difference with `vbert tenants compress`, or serve this folder as a backbone of its own"
-            )
-    return module
+    names = [name for name in backbone.weights if not name.startswith("pooler.")]
+    if all(torch.equal(backbone.weights[name], other.weights[name]) for name in names):
+        return module
+    return replace(module, deltas=tuple(own_weights(other)), source=module.source | {"method": "whole"})
+
+
+def own_weights(model: Backbone) -> Iterator[OwnWeights]:
+    """All weights of an encoder, those of q, k and v in one."""
+    for (layer, site), parts in model.config.weight_shapes().items():
+        prefix = "" if layer == EMBEDDING_LAYER else f"layers.{layer}."
+        if parts.keys() == {"weight"}:
+            yield OwnWeights(layer=layer, site=site, weight=model.weights[site])
+            continue
+        sites = ("q", "k", "v") if site == "qkv" else (site,)
+        both = {part: torch.cat([model.weights[f"{prefix}{each}.{part}"] for each in sites]) for part in parts}
+        yield OwnWeights(layer=layer, site=site, **both)
 
 
 def read_whole_model(folder: Path, backbone: Backbone, task: str | None = None) -> tuple[TenantModule, Backbone]:
