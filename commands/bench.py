@@ -18,11 +18,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     folder = Path(__file__).resolve().parent.parent / "benchmarks"
-    names = sorted(path.stem for path in folder.glob("*.py") if "\ndef main(argv" in path.read_text("utf-8"))
+    places = {path.stem: path for where in (folder, folder / "experiments") for path in sorted(where.glob("*.py"))}
+    modules = {name: _module(path) for name, path in places.items() if "\ndef main(argv" in path.read_text("utf-8")}
+    names = sorted(modules)
     if args.name is None:
         print("\n".join(names))
         return 0
     if args.name not in names:
         raise Wrong(f"benchmark {args.name!r} is not one of {', '.join(names) or 'none'} in {folder}")
-    code: int | None = importlib.import_module(f"benchmarks.{args.name}").main(args.arguments)
+    code: int | None = importlib.import_module(modules[args.name]).main(args.arguments)
     return code or 0
+
+
+def _module(path: Path) -> str:
+    package = "benchmarks" if path.parent.name == "benchmarks" else f"benchmarks.{path.parent.name}"
+    return f"{package}.{path.stem}"
