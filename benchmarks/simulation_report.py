@@ -1,5 +1,5 @@
 """The tables of the simulator in docs/benchmarks.md (how fast, how right, which policy wins under overload), and those
-of FastPTM's experiments."""
+of FastPTM's and PetS's experiments."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ def tables(
         "simulation_others": newest("overload", _others),
         "fastptm_traces": lambda: _traces(results("fastptm_traces")[-1]["rows"], markdown),
         "fastptm_best": lambda: _best(results("fastptm_traces")[-1]["rows"], markdown),
+        "pets_throughput": lambda: _pets(results("pets_throughput")[-1], where, markdown),
+        "pets_memory": lambda: _pets_memory(results("pets_throughput")[-1]["rows"], markdown),
         "fastptm_switch": lambda: _switch(results("fastptm_switch")[-1], where, markdown),
     }
 
@@ -167,6 +169,34 @@ def _switch(result: Row, where: Callable[[Mapping[str, Any]], str], markdown: Ma
         for row in result["rows"]
     ]
     return where(result) + markdown(header, body)
+
+
+# ---- PetS ----------------------------------------------------------------------------------------------------------
+
+
+def _pets(result: Row, where: Callable[[Mapping[str, Any]], str], markdown: Markdown) -> str:
+    """Queries/s by tasks, next to one task, and what the tasks' own work takes of the time."""
+    cells: dict[tuple[str, int], dict[str, Row]] = {}
+    for row in result["rows"]:
+        if row["part"] == "tasks":
+            cells.setdefault((row["queries"], row["tasks"]), {})[row["system"]] = row
+    body: list[list[object]] = []
+    for (queries, tasks), of in cells.items():
+        ours, speeds = of["vbert"], {name: row["requests_per_s"] for name, row in of.items()}
+        own = 1 - speeds["vbert"] / speeds["bare backbone"] if "bare backbone" in of else 0.0
+        others = [speeds.get(name, "-") for name in ("full models in turn", "full models, parallel")]
+        body.append([queries, tasks, speeds["vbert"], f"{ours['to_one_task']:.2f}x", f"{own:.0%}", *others])
+    header = ["queries a task", "tasks", "queries /s", "to one task", "tasks' own work", "full models in turn /s"]
+    return where(result) + markdown([*header, "parallel /s"], body)
+
+
+def _pets_memory(rows: list[Row], markdown: Markdown) -> str:
+    body = [
+        [round(row["task_bytes"] / 2**20, 2), round(row["model_bytes"] / 2**20, 1), f"{row['models_to_tasks']}x"]
+        for row in rows
+        if row["part"] == "memory"
+    ]
+    return markdown(["MiB a task", "MiB a full model", "tasks in the memory of one model"], body)
 
 
 def _case(row: Row) -> tuple[object, ...]:

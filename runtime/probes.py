@@ -13,6 +13,7 @@ from vbert.arena import Arena, ResidentTenant
 from vbert.checkpoint import write_tenant
 from vbert.config import LINEAR_SITES
 from vbert.formats.transformers_folder import Backbone
+from vbert.formats.transformers_head import own_weights
 from vbert.header import read_header
 from vbert.tenant import Affine, Bottleneck, Delta, LowRank, Sparse, TenantModule
 
@@ -66,10 +67,18 @@ class Probes:
     def _module(self, kind: str, size: int, name: str) -> TenantModule:
         return TenantModule(
             backbone_fingerprint=self._backbone.fingerprint,
-            deltas=tuple(d for i in range(self._backbone.config.num_layers) for d in self._deltas(kind, i, size)),
+            deltas=tuple(self._own_weights() if kind == "weights" else self._all_layers(kind, size)),
             head=self._backbone.embed_head,
             source={"format": "profile", "name": name},
         )
+
+    def _own_weights(self) -> Iterator[Delta]:
+        """The backbone's own numbers, in memory of the tenant's own."""
+        return own_weights(self._backbone)
+
+    def _all_layers(self, kind: str, size: int) -> Iterator[Delta]:
+        for layer in range(self._backbone.config.num_layers):
+            yield from self._deltas(kind, layer, size)
 
     def _deltas(self, kind: str, layer: int, size: int) -> Iterator[Delta]:
         width = self._backbone.config.hidden_size

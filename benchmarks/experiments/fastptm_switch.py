@@ -32,7 +32,7 @@ from transformers import logging as transformers_logging
 
 from benchmarks.machine import Neighbours, commit, describe
 from benchmarks.report import output_flags, publish
-from benchmarks.workload import SHAPES, write_backbone
+from benchmarks.workload import ALL_SHAPES, write_backbone
 from runtime.blobs import digest_of
 from vbert.arena import Arena
 from vbert.checkpoint import write_tenant
@@ -49,7 +49,7 @@ _IDS = [101, 2023, 2003, 1037, 3231, 102]
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="vbert bench fastptm_switch", description=__doc__)
     output_flags(parser)
-    parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=tuple(ALL_SHAPES), default=["minilm-l6", "12x768"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--scratch", type=Path, help="where the models are written (default: the system's folder)")
