@@ -120,10 +120,10 @@ class Dispatcher:
             raise
         finally:
             self.metrics.requests[method if terms.caller != CANARY else CANARY, outcome] += 1
-            if pending is not None and terms.caller != CANARY:
-                self.record(pending, outcome)
             if not self.num_open:
                 self._empty.set()
+            if pending is not None and terms.caller != CANARY:
+                self.record(pending, outcome)
 
     async def drain(self, timeout_s: float) -> None:
         """Admit nothing any more, wait for what was admitted, and fail what is not done in time."""

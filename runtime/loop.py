@@ -66,6 +66,7 @@ class ServingLoop:
             ready_deadlines=queue.ready_deadlines,
             shares=queue.shares,
             tag=queue.tag,
+            tag_of=queue.tag_of,
             cold=queue.cold,
             loading=self.manager.loading,
             in_flight=pipeline.in_flight,

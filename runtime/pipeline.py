@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -53,7 +54,9 @@ class Pipeline:
         self._replaying = False
         self.in_flight = 0
         self.ahead_s = 0.0  # how long before the end of one batch the next should be launched, for no lane to wait
+        self._expected_s: deque[float | None] = deque()  # of each batch in flight
         self._busy_until_s: float | None = None
+        self._work = 1.0  # that batches did lately, of what they would have without anything stored
         self._moved_s = clock.now_s()  # when a batch last ended, or began on an idle lane
 
     @property
@@ -67,11 +70,14 @@ class Pipeline:
         return self._moved_s
 
     def tokens_per_s(self, batch_tokens: int) -> float | None:
-        return self._throughput.tokens_per_s(batch_tokens)
+        """Of batches of that size, doing as much work as the last ones did; None while nothing is known."""
+        rate = self._throughput.tokens_per_s(batch_tokens)
+        return None if rate is None else rate / self._work
 
     def batch_s(self, num_tokens: int) -> float | None:
         """Expected seconds of a batch of so many tokens; None while nothing is known."""
-        return self._throughput.seconds(num_tokens)
+        seconds = self._throughput.seconds(num_tokens)
+        return None if seconds is None else seconds * self._work
 
     def launch(
         self,
@@ -127,13 +133,17 @@ class Pipeline:
         self._replay_together()
 
     def _expect(self, num_tokens: int) -> None:
-        seconds = self._throughput.seconds(num_tokens)
-        start_s = max(self._clock.now_s(), self.busy_until_s or 0.0)
-        self._busy_until_s = None if seconds is None else start_s + seconds
+        self._expected_s.append(self.batch_s(num_tokens))
+        start_s = self.busy_until_s if len(self._expected_s) > 1 else self._clock.now_s()
+        seconds = self._expected_s[-1]
+        self._busy_until_s = None if seconds is None or start_s is None else start_s + seconds
 
     def _finished(self, done: Callable[[Computed], None], num_sequences: int, future: Future[Computed]) -> None:
         self.in_flight -= 1
         self._moved_s = self._clock.now_s()
+        self._expected_s.popleft()  # batches end in the order they were launched; what was foretold wrongly is over
+        known = [seconds for seconds in self._expected_s if seconds is not None]
+        self._busy_until_s = self._moved_s + sum(known) if len(known) == len(self._expected_s) else None
         if (error := future.exception()) is not None:
             _log.critical("a batch was lost", exc_info=error)
             lost: list[Outcome] = [ComputeFailed(f"the batch was lost ({error!r}); report the log")] * num_sequences
@@ -141,6 +151,7 @@ class Pipeline:
             return
         computed = future.result()
         if computed.num_tokens:
+            self._work = _KEEP * self._work + (1 - _KEEP) * computed.work
             if computed.work >= LEAST_WORK:
                 self._throughput.observe(computed.num_tokens, computed.compute_s / computed.work)
             self.ahead_s = _KEEP * self.ahead_s + (1 - _KEEP) * computed.ahead_s

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ class Recorder:
     """Touched by the event loop; the file by a thread of its own."""
 
     def __init__(self, path: str, about: dict[str, Any], clock: Clock) -> None:
-        """Raises ConfigError when the file cannot be written."""
-        self._begin_s = clock.now_s()
+        """A file that is there already is kept under another name. Raises ConfigError when it cannot be written."""
+        self._begin_s, self._closed = clock.now_s(), False
         self._lines: list[str] = []
         try:
+            _move_aside(Path(path))
             self._file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
             self._file.write(head(about))
         except OSError as error:
@@ -41,11 +43,13 @@ class Recorder:
     def flush(self) -> None:
         """What was added goes to the file, soon."""
         lines, self._lines = self._lines, []
-        self._lane.submit(self._write, lines)
+        if not self._closed:
+            self._lane.submit(self._write, lines)
 
     def close(self) -> None:
         """Blocking. The file has everything that was added."""
         self.flush()
+        self._closed = True
         self._lane.shutdown(wait=True)
         self._file.close()
 
@@ -59,3 +63,10 @@ class Recorder:
             _log.warning("the request log %s ends here: %s", self._file.name, error.strerror)
             with contextlib.suppress(OSError):  # what is still in its buffer
                 self._file.close()
+
+
+def _move_aside(path: Path) -> None:
+    """A restart must not wipe what was recorded: FILE becomes FILE.1, or the first number that is free."""
+    if path.is_file() and path.stat().st_size:
+        number = next(n for n in count(1) if not path.with_name(f"{path.name}.{n}").exists())
+        path.rename(path.with_name(f"{path.name}.{number}"))

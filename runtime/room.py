@@ -69,9 +69,10 @@ class Room:
                 f"{tokens} tokens take {tokens / rate:.3g} s at the present speed, {max(0.0, left_s):.3g} s are left; "
                 "allow more time or send less at once"
             )
-        tokens += before()
+        ahead = before()
+        tokens += ahead
         batch = max(1, min(self._batch_tokens, int(DEADLINE_PART * left_s * rate)))
-        if tokens > batch:  # then its batch will be full, too, and all of it is answered when it ends
+        if ahead and tokens > batch:  # then its batch will be full, too, and all of it is answered when it ends
             tokens = -(-tokens // batch) * batch
         needs_s = running_s + tokens / rate
         if needs_s > left_s:

@@ -19,10 +19,11 @@ class View:
     waiting: requests with inputs still to run, by id. ready: ids whose module is in memory, by arrival; ready_tokens:
     all their tokens. deadlines: (deadline, id) of every unanswered request, ready_deadlines: of the ready ones, both
     earliest first. shares: (tag, id, tokens) of the ready ones by priority, the lowest tag first (runtime/shares.py);
-    tag: that a request would get if it came now. cold: ids by digest of modules not in memory, the longest waiting
-    first; loading: digests on their way. in_flight: batches launched and not finished; busy_until_s: when the last of
-    them should end, None if unknown. tokens_per_s: measured, None before the first batch; batch_s: seconds of a batch
-    of so many tokens, likewise. ahead_s: what the lanes do for a batch before it computes.
+    tag: that a request would get if it came now, tag_of: of one that waits. cold: ids by digest of modules not in
+    memory, the longest waiting first; loading: digests on their way. in_flight: batches launched and not finished;
+    busy_until_s: when the last of them should end, None if unknown. tokens_per_s: measured, None before the first
+    batch; batch_s: seconds of a batch of so many tokens, likewise. ahead_s: what the lanes do for a batch before it
+    computes.
     """
 
     now_s: float
@@ -33,6 +34,7 @@ class View:
     ready_deadlines: Sequence[tuple[float, int]]
     shares: Mapping[str, Sequence[tuple[float, int, int]]]
     tag: Callable[[Waiting], float]
+    tag_of: Callable[[int], float]
     cold: Mapping[str, Collection[int]]
     loading: Collection[str]
     in_flight: int

@@ -36,6 +36,11 @@ class Shares:
             self._forget_at = max(_KEPT, 2 * len(self._until))
         return tag
 
+    def refund(self, tenant: str, tokens: int, weight: float) -> None:
+        """Of a request that left before they were computed."""
+        if tenant in self._until:
+            self._until[tenant] -= tokens / weight
+
     def served(self, lowest: float) -> None:
         """A request is served; the lowest tag of those that were ready."""
         self.now = max(self.now, lowest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -71,13 +72,13 @@ def jain(asked: Mapping[str, float], got: Mapping[str, float], weight: Callable[
 
 def fair_shares(asked: Mapping[str, float], total: float, weight: Callable[[str], float]) -> dict[str, float]:
     """Weighted max-min shares of `total`: the level is raised until it is used up."""
-    left, weights = total, {tenant: weight(tenant) for tenant in asked}
-    weight_left = sum(weights.values())
-    shares: dict[str, float] = {}
-    for tenant in sorted(asked, key=lambda tenant: asked[tenant] / weights[tenant]):
-        shares[tenant] = min(asked[tenant], left * weights[tenant] / weight_left)
+    weights = {tenant: weight(tenant) for tenant in asked}
+    order = sorted(asked, key=lambda tenant: asked[tenant] / weights[tenant])
+    above = list(accumulate(weights[tenant] for tenant in reversed(order)))[::-1]  # of each and all after it
+    left, shares = total, dict[str, float]()
+    for tenant, rest in zip(order, above, strict=True):
+        shares[tenant] = min(asked[tenant], left * weights[tenant] / rest)
         left -= shares[tenant]
-        weight_left -= weights[tenant]
     return shares
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.cost import TYPICAL_LENGTH
-from runtime.errors import DeadlineExceeded
+from runtime.errors import DeadlineExceeded, RequestTooLarge
 from runtime.request import Batch, BatchPlan, Slice, TenantKey, Waiting
 from runtime.request_log import Offered
 from runtime.residency import LfuAgeing, ResidencyPolicy
@@ -174,6 +174,7 @@ class _Simulation:
             ready_deadlines=queue.ready_deadlines,
             shares=queue.shares,
             tag=queue.tag,
+            tag_of=queue.tag_of,
             cold=queue.cold,
             loading=self.home.loading,
             in_flight=len(self.running),
@@ -215,7 +216,7 @@ class _Simulation:
                 tokens = request.tokens
                 before = self.policy.before
                 self.room.check_deadline(tokens, left_s, running_s, lambda: before(self._view(), request))
-        except Overloaded as error:
+        except (Overloaded, RequestTooLarge) as error:
             return error.code
         return None
 

@@ -71,8 +71,12 @@ class WaitingQueue:
 
     @property
     def shares(self) -> Mapping[str, Sequence[tuple[float, int, int]]]:
-        """(tag, id, tokens when it came) of the ready requests by priority, the lowest tag first."""
+        """(tag, id, tokens left) of the ready requests by priority, the lowest tag first."""
         return self._ready_tags
+
+    def tag_of(self, request_id: int) -> float:
+        """Of a waiting request."""
+        return self._tags[request_id][0]
 
     def tag(self, request: Waiting) -> float:
         """That the request would get if it came now."""
@@ -97,12 +101,18 @@ class WaitingQueue:
     def take(self, request_id: int, count: int) -> None:
         """The first `count` inputs still to run leave for a batch."""
         request = self._waiting[request_id]
-        if ready := self._ready_tags[request.priority]:
-            self._shares[request.priority].served(ready[0][0])
+        tags = self._ready_tags[request.priority]
+        if tags:
+            self._shares[request.priority].served(tags[0][0])
         if count == len(request.lengths):
             self._drop(request)
             return
         rest = replace(request, lengths=request.lengths[count:], first=request.first + count)
+        tag, _, _ = before = self._tags[request_id]  # what is left comes after what was taken
+        self._tags[request_id] = (tag + (request.tokens - rest.tokens) / request.weight, request_id, rest.tokens)
+        if tags and request_id in self._ready_of.get(request.key.digest, ()):
+            _discard(tags, before)
+            insort(tags, self._tags[request_id])
         self._count(request, -1)
         self._count(rest, +1)
         self.ready_tokens += rest.tokens - request.tokens
@@ -111,6 +121,7 @@ class WaitingQueue:
     def forget(self, request_id: int, deadline_s: float | None) -> None:
         """The request is answered: it waits no longer, and nobody watches its deadline."""
         if (request := self._waiting.get(request_id)) is not None:
+            self._shares[request.priority].refund(request.key.tenant, request.tokens, request.weight)
             self._drop(request)
         if deadline_s is not None:
             _discard(self._deadlines, (deadline_s, request_id))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from runtime.tenant_rules import TenantRules
@@ -19,7 +18,7 @@ class WeightRules:
         self._rules = TenantRules("tenant_weights", rules)
         for value in self._rules.values:
             if not _is_weight(value):
-                raise ConfigError(f"tenant_weights has the weight {value!r}; give a number above 0")
+                raise ConfigError(f"tenant_weights has the weight {value!r}; give a number from 0.001 to 1000")
 
     def weight(self, tenant: str) -> float:
         return float(self._rules.value(tenant, "1"))
@@ -27,6 +26,6 @@ class WeightRules:
 
 def _is_weight(text: str) -> bool:
     try:
-        return 0 < float(text) < math.inf
+        return 0.001 <= float(text) <= 1000
     except ValueError:
         return False

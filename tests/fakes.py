@@ -68,6 +68,7 @@ class Line:
             ready_deadlines=self.queue.ready_deadlines,
             shares=self.queue.shares,
             tag=self.queue.tag,
+            tag_of=self.queue.tag_of,
             cold=self.queue.cold,
             loading=self.loading.keys(),
             in_flight=self.in_flight,

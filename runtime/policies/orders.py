@@ -127,7 +127,7 @@ class FairShares:
     4. everybody by tag, interactive first.
     """
 
-    batch_part: float = 0.1
+    batch_part: float = 0.1  # above 0
     ahead: float = 1.0
     urgent: UrgentFirst = UrgentFirst()
 
@@ -138,16 +138,18 @@ class FairShares:
             yield from self._reserved(view)
         if interactive and (urgent := self.urgent.urgent(view)):
             limit = interactive[0][0] + self.ahead * view.max_batch_tokens
-            near = {i for tag, i, _ in interactive[: 4 * _LOOKED_AT] if tag <= limit}
-            yield from ((i, None) for i in urgent if i in near)
+            mine = (i for i in urgent if view.waiting[i].priority == "interactive" and view.tag_of(i) <= limit)
+            yield from ((i, None) for i in mine)
         yield from ((i, None) for _, i, _ in interactive)
         yield from ((i, None) for _, i, _ in batch)
 
     def before(self, view: View, request: Waiting) -> int:
-        mine, tag = view.shares.get(request.priority, ()), view.tag(request)
-        tokens = sum(tokens for _, _, tokens in mine[: bisect_left(mine, (tag,))])
+        mine, place = view.shares.get(request.priority, ()), (view.tag(request), request.request_id)
+        tokens = sum(tokens for _, _, tokens in mine[: bisect_left(mine, place)])
         if request.priority == "batch":
-            tokens += sum(tokens for _, _, tokens in view.shares.get("interactive", ()))
+            others = sum(tokens for _, _, tokens in view.shares.get("interactive", ()))
+            own = tokens + request.tokens  # which get a part of every batch at least
+            tokens = min(tokens + others, int(own / self.batch_part) - request.tokens)
         return tokens
 
     def _reserved(self, view: View) -> _Order:
@@ -170,6 +172,10 @@ def _due_before(view: View, request: Waiting) -> int:
 
 
 def _oldest(view: View) -> _Order:
-    """One input of it."""
-    alive = (i for i in view.ready if (due_s := view.waiting[i].deadline_s) is None or due_s > view.now_s)
-    return ((i, 1) for i in islice(alive, 1))
+    """One input of the oldest that can still be in time."""
+
+    def has_time(i: int) -> bool:
+        due_s = view.waiting[i].deadline_s
+        return due_s is None or due_s > view.now_s + (view.batch_s(view.waiting[i].lengths[0]) or 0.0)
+
+    return ((i, 1) for i in islice(filter(has_time, view.ready), 1))

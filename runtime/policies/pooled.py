@@ -69,7 +69,8 @@ class Pooled:
         for i in view.ready:
             request = view.waiting[i]
             if request.deadline_s is None or request.deadline_s > view.now_s:
-                pool += [(i, Query(request.key.digest, request.kind, length)) for length in request.lengths]
+                lengths = request.lengths[: self.max_pool - len(pool)]
+                pool += [(i, Query(request.key.digest, request.kind, length)) for length in lengths]
             if len(pool) >= self.max_pool:
                 break
         if not pool:

@@ -95,12 +95,22 @@ class TokenBudget:
 
 
 def _in_time(view: View) -> int:
-    """Tokens of a batch that takes no larger part of the time that somebody with an early deadline was given."""
-    earliest = islice(view.ready_deadlines, _LOOKED_AT)
-    given_s = min((due_s - view.waiting[i].arrival_s for due_s, i in earliest), default=math.inf)
-    if view.tokens_per_s is None or given_s == math.inf:
+    """Tokens of a batch that takes no larger part of the time that a waiting request was given, of those with the
+    earliest deadlines. Who is too late anyway, or whose tenant is ahead of the others, makes nobody's batch short; and
+    none is so short that most of it is what any batch takes."""
+    rate, least_s = view.tokens_per_s, view.batch_s(1)
+    if rate is None or least_s is None or not view.ready_deadlines:
         return view.max_batch_tokens
-    return max(1, int(DEADLINE_PART * given_s * view.tokens_per_s))
+    begin_s = max(view.now_s, view.busy_until_s or 0.0)
+    tags = view.shares.get("interactive", ())
+    limit = tags[0][0] + view.max_batch_tokens if tags else math.inf
+    given_s = math.inf
+    for due_s, i in islice(view.ready_deadlines, _LOOKED_AT):
+        if due_s > begin_s + least_s and view.tag_of(i) <= limit:
+            given_s = min(given_s, due_s - view.waiting[i].arrival_s)
+    if given_s == math.inf:
+        return view.max_batch_tokens
+    return max(int(DEADLINE_PART * given_s * rate), view.max_batch_tokens // 8, int(least_s * rate))
 
 
 def _ends_s(view: View, budget: int) -> float:

@@ -138,6 +138,19 @@ def test_taggers_and_embedders_are_compared_too(bases, tmp_path, head):
     assert found.get("cosine_min", 1) > 0.9999
 
 
+def test_a_pooler_that_the_folder_left_out_is_the_backbones(bases, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = fine_tuned(
+        bases["bert"], tmp_path, lambda name, weight: low_rank(name, weight) if "pooler" not in name else None
+    )
+    tensors = {name: t for name, t in load_file(folder / "model.safetensors").items() if "pooler" not in name}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    compressed = compress_folder(folder, bases["bert"], Compression(max_error=1e-4))
+    assert compressed.module.head.shared_pooler
+    assert nearness(bases["bert"], compressed)["probability_max"] < 1e-3
+
+
 def test_an_encoder_of_another_shape_is_refused(bases, tmp_path):
     folder = fine_tuned(bases["roberta"], tmp_path, lambda name, weight: None)
     with pytest.raises(RefusedCheckpoint, match="model_type is 'roberta', the backbone's is 'bert'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from runtime.policies.orders import EarliestDeadline, FairShares, ResponseRatio,
 from runtime.policies.pooled import Pooled, ProfileCosts
 from runtime.policies.pools import AlphaOnly, Fixed
 from runtime.policies.token_budget import TokenBudget
+from runtime.request import TenantKey
 from runtime.shares import Shares
 from tests.fakes import Line, slices
 from vbert.errors import ConfigError
@@ -267,6 +269,61 @@ def test_batches_are_short_enough_for_the_shortest_deadline_and_leave_out_who_is
     assert line.apply(FAIR.plan(line.view())) == others[:5]
     assert line.apply(FAIR.plan(line.view())) == others[5:]
     assert line.apply(FAIR.plan(line.view())) == [late]
+
+
+def test_one_request_of_many_inputs_is_as_many_requests():
+    """After each batch what is left of it stands where a tenant stands that had so much: the others get their turn."""
+    line = Line(max_batch_tokens=40)
+    line.put(*[10] * 100, tenant="long")
+    line.apply(FAIR.plan(line.view()))
+    others = [line.put(10, tenant=f"t{i}") for i in range(6)]
+    served = [i for _ in range(3) for i in line.apply(FAIR.plan(line.view()))]
+    assert set(others) <= set(served)
+    ahead = FAIR.before(
+        line.view(),
+        replace(line.queue.waiting[1], request_id=200, key=TenantKey(tenant="new", version=1, digest="new")),
+    )
+    assert ahead <= line.queue.num_tokens
+
+
+def test_who_came_before_with_the_same_tag_goes_before():
+    """Fifty tenants with one request each all stand at the same place: a fifty-first waits for all of them."""
+    line = Line()
+    for i in range(50):
+        line.put(10, tenant=f"t{i}")
+    asked = replace(line.queue.waiting[1], request_id=51, key=TenantKey(tenant="new", version=1, digest="new"))
+    assert FAIR.before(line.view(), asked) == 500
+    assert FAIR.before(line.view(), replace(asked, priority="batch")) == 90  # a tenth of each batch is its own
+
+
+def test_an_urgent_request_is_found_behind_any_number_of_others():
+    line = Line(max_batch_tokens=20, tokens_per_s=1000.0)
+    for i in range(500):
+        line.put(10, tenant=f"t{i}", deadline_s=600.0)
+    urgent = line.put(10, tenant="urgent", deadline_s=0.1)
+    assert urgent in line.apply(FAIR.plan(line.view()))
+
+
+def test_what_was_never_computed_is_not_charged():
+    line = Line(max_batch_tokens=20)
+    gone = [line.put(100, tenant="a") for _ in range(10)]
+    other = line.put(10, tenant="b")
+    for request_id in gone:
+        line.queue.forget(request_id, None)
+    mine = line.put(10, tenant="a")
+    assert [line.queue.tag_of(i) for i in (other, mine)] == [0, 0]
+
+
+def test_deadlines_of_who_is_too_late_or_ahead_make_nobodys_batch_short():
+    line = Line(max_batch_tokens=100, tokens_per_s=100.0)
+    line.put(10, deadline_s=0.005)  # 10 ms is the least that a batch takes
+    for _ in range(9):
+        line.put(10, tenant="calm", deadline_s=60.0)
+    assert len(line.apply(FAIR.plan(line.view()))) == 9
+    for _ in range(30):
+        line.put(10, tenant="ahead", deadline_s=line.now_s + 60)
+    line.put(10, tenant="ahead", deadline_s=line.now_s + 2.0)
+    assert len(line.apply(FAIR.plan(line.view()))) == 10
 
 
 STARVING = {"sjf", "sjf-packing"}

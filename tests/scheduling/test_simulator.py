@@ -66,6 +66,12 @@ def test_a_full_queue_refuses():
     assert outcomes(done) == ["ok", "ok", "ok", "server_full", "server_full"]
 
 
+def test_what_never_fits_in_the_queue_is_refused_and_the_others_go_on():
+    requests = [Offered(0.0, "a", (1,) * 9), Offered(0.0, "a", (1,))]
+    done = simulate(requests, POLICIES[DEFAULT](), replace(SECOND, refuse=True, max_queue_inputs=4))
+    assert outcomes(done) == ["request_too_large", "ok"]
+
+
 def test_modules_are_loaded_one_at_a_time_and_leave_for_others():
     """Room for two of three. The loads take 0.5 s each; the third has to wait until the first is not needed."""
     modules = Modules(num_bytes=lambda _: 10, load_s=lambda _: 0.5, budget_bytes=20)
@@ -192,6 +198,7 @@ def test_fair_shares_by_hand():
     weights = {"a": 1.0, "b": 1.0, "c": 3.0}
     assert fair_shares({"a": 10, "b": 40, "c": 40}, 60, weights.__getitem__) == {"a": 10, "b": 12.5, "c": 37.5}
     assert fair_shares({"a": 10, "b": 5}, 60, one) == {"a": 10, "b": 5}
+    assert sum(fair_shares({"a": 1, "b": 1}, 1, {"a": 0.001, "b": 1000.0}.__getitem__).values()) == pytest.approx(1)
 
 
 def test_jains_index_by_hand():

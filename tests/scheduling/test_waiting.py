@@ -93,6 +93,7 @@ class Queue(RuleBasedStateMachine):
             assert queue.inputs_of(caller) == mine
         assert sorted(i for _, i, _ in queue.shares["interactive"]) == list(queue.ready)
         assert list(queue.shares["interactive"]) == sorted(queue.shares["interactive"])
+        assert all(tokens == self.model[i].tokens for _, i, tokens in queue.shares["interactive"])
         for digest in "abc":
             assert queue.waits_for(digest) == any(request.key.digest == digest for request in ready)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
+import hashlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -12,16 +13,20 @@ import torch
 from runtime.clock import MonotonicClock
 from runtime.errors import ComputeFailed
 from runtime.forwards import Forwards
+from runtime.launch import Computed
 from runtime.metrics import Metrics
 from runtime.pipeline import Pipeline
 from runtime.pressure import MemoryPressure
 from runtime.streams import CpuDevice
 from runtime.threads import ThreadChoice
+from runtime.throughput import Throughput
+from tests.fakes import ManualClock
 from tests.serving.helpers import Dense
 from vbert.arena import Arena
 from vbert.checkpoint import write_tenant
 from vbert.header import parse_header
 from vbert.model import Model, SequenceInput
+from vbert.reference import dense_forward
 
 WIDE = torch.float32, torch.device("cpu")
 
@@ -228,3 +233,63 @@ async def test_a_batch_that_nobody_waits_for_costs_nothing(pipeline, model, tena
     assert len(outcomes) == 6
     assert compute_s == 0
     assert pipeline.tokens_per_s(100) is None
+
+
+class Half:
+    """Forwards that end when they are told, and did half of the work, since the rest was stored."""
+
+    def __init__(self) -> None:
+        self.futures: list[Future[Computed]] = []
+
+    def submit(self, launch):
+        self.futures.append(Future())
+        return self.futures[-1]
+
+    def end(self, tokens: int, compute_s: float) -> None:
+        self.futures.pop(0).set_result(Computed([], [], tokens, compute_s, 1, False, work=0.5))
+
+
+async def test_what_was_foretold_wrongly_does_not_add_up():
+    """Two in flight for ever, each of which takes half of what a whole one would: the lane is seen to be busy for two
+    of the halves and no longer, however many have been."""
+    clock, forwards = ManualClock(), Half()
+    pipeline = Pipeline(
+        forwards, MemoryPressure(4096, clock), clock, Metrics(), Throughput(lambda tokens: tokens / 100)
+    )
+    texts = [SequenceInput([5] * 100, [0] * 100)]
+    pipeline.launch(texts, lambda computed: None)
+    for _ in range(60):
+        pipeline.launch(texts, lambda computed: None)
+        clock.now += 0.5
+        forwards.end(100, 0.5)
+        await asyncio.sleep(0.001)
+    assert pipeline.in_flight == 1
+    assert pipeline.busy_until_s - clock.now == pytest.approx(0.5, abs=0.1)
+    assert pipeline.tokens_per_s(100) == pytest.approx(200, rel=0.1)
+    assert pipeline.batch_s(100) == pytest.approx(0.5, abs=0.05)
+    forwards.end(100, 0.5)
+    await asyncio.sleep(0.001)
+    assert pipeline.busy_until_s is None
+
+
+async def test_a_launch_in_parts_comes_back_whole(pipeline, backbone, factory, tmp_path):
+    """Tenants with weights of their own among others, in any order; and one of them fails alone."""
+    modules = [factory.tenant(kind) for kind in ("whole", "lora", "whole", "none")]
+    arena, resident = Arena(backbone.config, backbone.fingerprint, torch.float32, 2**24), []
+    for module in modules:
+        data = write_tenant(module)
+        path = tmp_path / str(len(resident))
+        path.write_bytes(data)
+        resident.append(arena.fill(arena.reserve(parse_header(data), hashlib.sha256(data).hexdigest()), path))
+    order = [3, 0, 2, 1, 0, 3, 2, 1]
+    work = [SequenceInput([5, 6, 7 + n], [0] * 3, resident[i]) for n, i in enumerate(order)]
+    expected = [dense_forward(backbone, modules[i], [5, 6, 7 + n], [0] * 3) for n, i in enumerate(order)]
+    done = await run(pipeline, work)
+    for got, want in zip(done, expected, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
+    pipeline._forwards._model.raises = frozenset({resident[2].digest})
+    done = await run(pipeline, work)
+    for i, got, want in zip(order, done, expected, strict=True):
+        assert isinstance(got, ComputeFailed) == (i == 2)
+        if i != 2:
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)

@@ -29,6 +29,14 @@ async def test_a_server_writes_what_it_was_asked(serving, tmp_path):
     assert "two words" not in (tmp_path / "log").read_text()
 
 
+async def test_a_restart_keeps_what_was_recorded(serving, tmp_path):
+    for _ in range(3):
+        async with serving(record=str(tmp_path / "log")) as engine:
+            await engine.embed("tiny", ["no"])
+    assert sorted(path.name for path in tmp_path.glob("log*")) == ["log", "log.1", "log.2"]
+    assert all(len(read_log(path).requests) == 1 for path in tmp_path.glob("log*"))
+
+
 async def test_a_log_that_cannot_be_written_is_said_at_the_start(serving, tmp_path):
     with pytest.raises(ConfigError, match=r"the request log .* cannot be written"):
         async with serving(record=str(tmp_path / "no" / "log")):

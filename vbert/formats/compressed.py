@@ -90,6 +90,9 @@ def compress_folder(
     """
     with malformed_is_corrupt(folder):
         module, original = read_whole_model(folder, backbone, task)
+    if backbone.config.has_pooler and not original.config.has_pooler:  # the folder left it out: it is the backbone's
+        pooler = {name: weight for name, weight in backbone.weights.items() if name.startswith("pooler.")}
+        original = replace(original, config=backbone.config, weights=original.weights | pooler)
     deltas: list[Delta] = []
     losses: list[WeightLoss] = []
     for layer in range(backbone.config.num_layers):
