@@ -18,6 +18,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -257,7 +258,9 @@ async def _replay(args: argparse.Namespace, backbone: Backbone, cost: CostModel)
         first_s = asked[0][0].at_s
         requests = [request._replace(at_s=request.at_s - first_s) for request, _ in asked]
         measured_ms = [1e3 * seconds for _, seconds in asked if seconds == seconds]
-        done = simulate(requests, batch_policy(DEFAULT), world)
+        to_profile = recorded.to_cost(batch_s)
+        as_fast = replace(world, batch_s=lambda *batch, ratio=to_profile: ratio * batch_s(*batch))
+        done = simulate(requests, batch_policy(DEFAULT), as_fast)
         row = report(requests, done, lambda tokens: batch_s(tokens, 1))
         mean_ms = float(np.mean(measured_ms))
         rows.append(
@@ -271,6 +274,7 @@ async def _replay(args: argparse.Namespace, backbone: Backbone, cost: CostModel)
                 "simulated_mean_ms": row["mean_ms"],
                 "simulated_p99_ms": row["p99_ms"],
                 "ratio": round(row["mean_ms"] / mean_ms, 4),
+                "to_profile": round(to_profile, 4),
             }
         )
     return rows

@@ -59,16 +59,9 @@ def _percent(name: str, value: float) -> object:
 
 def _replay(rows: list[Row], markdown: Markdown) -> str:
     header = ["load", "requests", "measured mean ms", "simulated", "ratio", "measured p99 ms", "simulated"]
-    names = (
-        "load",
-        "requests",
-        "measured_mean_ms",
-        "simulated_mean_ms",
-        "ratio",
-        "measured_p99_ms",
-        "simulated_p99_ms",
-    )
-    return markdown(header, [[row[name] for name in names] for row in rows])
+    means = ("measured_mean_ms", "simulated_mean_ms", "ratio")
+    names = ("load", "requests", *means, "measured_p99_ms", "simulated_p99_ms", "to_profile")
+    return markdown([*header, "batches to profile"], [[row.get(name, "-") for name in names] for row in rows])
 
 
 def _overload(rows: list[Row], markdown: Markdown) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,7 +89,10 @@ def run(args: argparse.Namespace) -> None:
     cost = _cost(args)
     world = _world(args, cost)
     ways = _ways(args, cost, world)
-    requests, measured = _requests(args, world)
+    requests, measured, to_cost = _requests(args, world)
+    if to_cost != 1:  # of a log whose machine took longer, or less, than the profile says
+        world = replace(world, batch_s=partial(_scaled, world.batch_s, to_cost))
+        ways = _ways(args, cost, world)
     rows, latencies = [], {}
     with progress_bar() as progress:
         for name, way in ways.items():
@@ -99,7 +103,12 @@ def run(args: argparse.Namespace) -> None:
     if args.plot:
         _plot(args.plot, latencies)
     if args.json:
-        print(json.dumps({"requests": len(requests), "tokens_per_s": round(world.tokens_per_s, 1), "policies": rows}))
+        facts = {
+            "requests": len(requests),
+            "tokens_per_s": round(world.tokens_per_s, 1),
+            "to_profile": round(to_cost, 4),
+        }
+        print(json.dumps(facts | {"policies": rows}))
     else:
         show(rows, columns=[*_COLUMNS, *(["measured_mean_ms", "to_measured"] if measured else [])])
 
@@ -180,8 +189,13 @@ def _advance(progress: Callable[[str, int, int], None], name: str, total: int, d
     progress(name, done, total)
 
 
-def _requests(args: argparse.Namespace, world: World) -> tuple[list[Offered], list[float]]:
-    """And what each took when it was recorded, in seconds; nothing for requests that were made up."""
+def _scaled(batch_s: Callable[[int, int, int], float], ratio: float, tokens: int, inputs: int, tenants: int) -> float:
+    return ratio * batch_s(tokens, inputs, tenants)
+
+
+def _requests(args: argparse.Namespace, world: World) -> tuple[list[Offered], list[float], float]:
+    """What each took when it was recorded, in seconds, and how long batches took to what the profile says; nothing and
+    1 for requests that were made up."""
     from runtime.arrivals import ARRIVALS, Traffic, gaps_log, make_requests
     from runtime.request_log import read_log
 
@@ -199,16 +213,16 @@ def _requests(args: argparse.Namespace, world: World) -> tuple[list[Offered], li
             batch_part=args.batch_part,
             seed=args.seed,
         )
-        return make_requests(traffic), []
+        return make_requests(traffic), [], 1.0
     path = Path(args.trace)
     with path.open(encoding="utf-8") as file:
         is_list = file.read(1) == "["
     if is_list:
-        return gaps_log(path, tokens=round(args.mean_tokens), inputs=args.inputs, deadline_s=deadline_s), []
+        return gaps_log(path, tokens=round(args.mean_tokens), inputs=args.inputs, deadline_s=deadline_s), [], 1.0
     log = read_log(path)
     if not log.requests:
         raise Wrong(f"{path} has no request that was tokenised; give a longer log")
-    return log.requests, log.total_s
+    return log.requests, log.total_s, log.to_cost(world.batch_s)
 
 
 def _beside(row: dict[str, Any], measured: Sequence[float]) -> dict[str, Any]:

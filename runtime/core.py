@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import asdict
 from typing import Any
 
+from runtime import request_log
 from runtime.clock import Clock
 from runtime.config import EngineConfig
 from runtime.dispatcher import CANARY, Dispatcher, Terms
@@ -16,7 +17,8 @@ from runtime.forwards import Forwards
 from runtime.health import Health
 from runtime.host_tier import HostTier
 from runtime.lanes import Lanes
-from runtime.loop import ServingLoop
+from runtime.launch import LEFT, Computed
+from runtime.loop import Pieces, ServingLoop, Tests
 from runtime.machine import usable_cores
 from runtime.manager import Manager, typical_load_s
 from runtime.metrics import Metrics, MetricsSnapshot
@@ -138,6 +140,7 @@ class Core:
             metrics=metrics,
             scope=self._scope,
             domain=lambda pending: self._paths.domain(pending.served.key.tenant),
+            record=self._record_batch,
         )
         self.health = Health(
             ask=self._ask_canary, waiting_since_s=self._waiting_since_s, loop_lag=metrics.loop_lag, clock=clock
@@ -187,6 +190,14 @@ class Core:
             allowed_s = None if pending.deadline_s is None else pending.deadline_s - pending.arrival_s
             request = Offered(pending.arrival_s, pending.served.key.tenant, lengths, allowed_s, pending.priority)
             recorder.add(request, outcome, pending.timings.total_s if outcome == "ok" else None)
+
+    def _record_batch(self, pieces: Pieces, tests: Tests, batch: Computed) -> None:
+        """But those with self-tests, of canaries, with something stored, or of whom somebody left."""
+        recorder, is_canary = self.parts.recorder, any(pending.caller == CANARY for pending, _ in pieces)
+        if recorder is None or tests or is_canary or batch.reran or batch.work < 1 or LEFT in batch.outcomes:
+            return
+        tenants = len({pending.served.key.digest for pending, _ in pieces})
+        recorder.add_batch(request_log.Computed(batch.num_tokens, len(batch.outcomes), tenants, batch.compute_s))
 
     def _scope(self, pending: Pending) -> bytes | None:
         """Canaries and self-tests, which prove that the backbone computes, take no part."""

@@ -138,17 +138,18 @@ class CostModel:
         """What modules add to a batch in which they change `tokens`, of so many tenants of that kind.
 
         size: the rank of low_rank and bottleneck, how many of a thousand weights sparse changes; affine has none.
-        Between what was measured linear, above it along the last two. Raises ConfigError for a kind that was not
-        measured.
+        Between what was measured linear, above it along the last two; in fewer tokens than were measured as much as in
+        those. Raises ConfigError for a kind that was not measured.
         """
         if kind not in self._modules:
             known = ", ".join(self._modules) or "none"
             raise ConfigError(f"the profile knows modules of kind {known}, not {kind!r}; {_REMEDY}, without --quick")
         lengths = [length for length, _ in self._forwards]
-        bare_s = self._forwards[bisect_left(lengths, min(TYPICAL_LENGTH, lengths[-1]))][1].seconds(tokens)
+        bare = self._forwards[bisect_left(lengths, min(TYPICAL_LENGTH, lengths[-1]))][1]
 
         def more_s(curve: Curve) -> float:
-            return max(0.0, curve.seconds(tokens) - bare_s)
+            least = max(tokens, curve.points[0].size)
+            return max(0.0, curve.seconds(least) - bare.seconds(least))
 
         by_size = {
             n: _at(tenants, {count: more_s(curve) for count, curve in curves.items()})

@@ -23,16 +23,17 @@ from vbert.errors import VbertError
 from vbert.model import SequenceInput
 from vbert.tenant import SelfTest
 
-__all__ = ["ServingLoop"]
+__all__ = ["Pieces", "ServingLoop", "Tests"]
 
-_Pieces = list[tuple[Pending, Slice]]
-_Tests = dict[str, tuple[ResidentTenant | None, tuple[SelfTest, ...]]]
+Pieces = list[tuple[Pending, Slice]]
+Tests = dict[str, tuple[ResidentTenant | None, tuple[SelfTest, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ServingLoop:
     """`event` is set whenever a request came or left, a batch ended, or a module came, went or failed. scope: who may
-    share the lower layers of a request's texts, domain: whose n-grams are asked, both for `SequenceInput`."""
+    share the lower layers of a request's texts, domain: whose n-grams are asked, both for `SequenceInput`. record:
+    told of every batch that ended."""
 
     policy: BatchPolicy
     dispatcher: Dispatcher
@@ -44,6 +45,7 @@ class ServingLoop:
     metrics: Metrics
     scope: Callable[[Pending], bytes | None] = lambda _: None
     domain: Callable[[Pending], str] = lambda _: ""
+    record: Callable[[Pieces, Tests, Computed], None] = lambda pieces, tests, batch: None
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -99,7 +101,7 @@ class ServingLoop:
     def _launch(self, batch: Batch) -> None:
         pieces = [(self.dispatcher.take(piece), piece) for piece in batch.slices]
         sequences: list[SequenceInput] = []
-        tests: _Tests = {}
+        tests: Tests = {}
         for pending, piece in pieces:
             digest = pending.served.key.digest
             tenant = self.manager.pin(digest)
@@ -113,9 +115,10 @@ class ServingLoop:
             sequences += as_sequences(untested, tenant)
         self.pipeline.launch(sequences, partial(self._finished, pieces, tests), partial(_wanted, pieces, tests))
 
-    def _finished(self, pieces: _Pieces, tests: _Tests, batch: Computed) -> None:
+    def _finished(self, pieces: Pieces, tests: Tests, batch: Computed) -> None:
         """A batch ended: every piece gets its outputs, or the error of its tenant."""
         now_s, begin, outcomes = self.clock.now_s(), 0, batch.outcomes
+        self.record(pieces, tests, batch)
         refused = self._judge(tests, outcomes[sum(piece.last - piece.first for _, piece in pieces) :])
         for pending, piece in pieces:
             end = begin + piece.last - piece.first
@@ -131,7 +134,7 @@ class ServingLoop:
             begin = end
         self.event.set()
 
-    def _judge(self, tests: _Tests, outcomes: Sequence[Outcome]) -> dict[str, VbertError]:
+    def _judge(self, tests: Tests, outcomes: Sequence[Outcome]) -> dict[str, VbertError]:
         """Modules whose self-tests failed, each with why; the manager learns of them and of the others."""
         refused, begin = {}, 0
         for digest, (_, untested) in tests.items():
@@ -152,7 +155,7 @@ class ServingLoop:
             pending.deliver(first, outputs, batch.ways[own], compute_s=batch.compute_s, now_s=now_s)
 
 
-def _wanted(pieces: _Pieces, tests: _Tests) -> Iterator[bool]:
+def _wanted(pieces: Pieces, tests: Tests) -> Iterator[bool]:
     """For each input of a batch, whether its caller still waits; self-tests always run. Read by the compute thread."""
     for pending, piece in pieces:
         yield from repeat(not pending.future.done(), piece.last - piece.first)

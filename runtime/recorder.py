@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.clock import Clock
-from runtime.request_log import Offered, head, to_line
+from runtime.request_log import Computed, Offered, batch_line, head, to_line
 from vbert.errors import ConfigError
 
 __all__ = ["Recorder"]
@@ -36,9 +36,10 @@ class Recorder:
 
     def add(self, request: Offered, outcome: str, total_s: float | None) -> None:
         """request: at_s by the clock; outcome: `ok` or the code of an error."""
-        self._lines.append(to_line(request._replace(at_s=request.at_s - self._begin_s), outcome, total_s))
-        if len(self._lines) >= _LINES:
-            self.flush()
+        self._append(to_line(request._replace(at_s=request.at_s - self._begin_s), outcome, total_s))
+
+    def add_batch(self, batch: Computed) -> None:
+        self._append(batch_line(batch))
 
     def flush(self) -> None:
         """What was added goes to the file, soon."""
@@ -52,6 +53,11 @@ class Recorder:
         self._closed = True
         self._lane.shutdown(wait=True)
         self._file.close()
+
+    def _append(self, line: str) -> None:
+        self._lines.append(line)
+        if len(self._lines) >= _LINES:
+            self.flush()
 
     def _write(self, lines: list[str]) -> None:
         if self._file.closed:

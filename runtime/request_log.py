@@ -1,14 +1,14 @@
 """A log of requests, by which a server's day is simulated again: who asked when, for how much, and how long it took.
 
-One JSON object a line. The first is about the log, the others are requests; no texts. Written by `vbert serve --record`
-(runtime/recorder.py), read by `vbert simulate --trace`.
+One JSON object a line. The first is about the log, the others are requests and batches; no texts. Written by `vbert
+serve --record` (runtime/recorder.py), read by `vbert simulate --trace`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from runtime.request import PRIORITIES
 from vbert.errors import ConfigError, CorruptFile
 
-__all__ = ["Offered", "RequestLog", "read_log", "to_line", "write_log"]
+__all__ = ["Computed", "Offered", "RequestLog", "batch_line", "head", "read_log", "to_line", "write_log"]
 
 _FORMAT = 1
 
@@ -35,15 +35,30 @@ class Offered(NamedTuple):
         return sum(self.lengths)
 
 
+class Computed(NamedTuple):
+    """One batch, self-tests left out. compute_s: as if nothing of it had been stored."""
+
+    tokens: int
+    inputs: int
+    tenants: int
+    compute_s: float
+
+
 @dataclass(frozen=True, slots=True)
 class RequestLog:
     """about: what the first line says. requests: by arrival. total_s: that each took, NaN where it got no answer.
-    unread: requests refused before they were tokenised, whose lengths nobody knows."""
+    unread: requests refused before they were tokenised, whose lengths nobody knows. batches: what was computed."""
 
     about: Mapping[str, Any]
     requests: list[Offered]
     total_s: list[float]
     unread: int
+    batches: list[Computed]
+
+    def to_cost(self, batch_s: Callable[[int, int, int], float]) -> float:
+        """Measured seconds of all batches to those that batch_s(tokens, inputs, tenants) tells; 1 if there are none."""
+        told_s = sum(batch_s(batch.tokens, batch.inputs, batch.tenants) for batch in self.batches)
+        return sum(batch.compute_s for batch in self.batches) / told_s if told_s else 1.0
 
 
 def to_line(request: Offered, outcome: str, total_s: float | None) -> str:
@@ -53,6 +68,10 @@ def to_line(request: Offered, outcome: str, total_s: float | None) -> str:
     line |= {} if request.priority == PRIORITIES[0] else {"priority": request.priority}
     line |= {"outcome": outcome} | ({} if total_s is None else {"total_s": round(total_s, 6)})
     return json.dumps(line, separators=(",", ":")) + "\n"
+
+
+def batch_line(batch: Computed) -> str:
+    return json.dumps({"batch": [*batch[:3], round(batch.compute_s, 6)]}, separators=(",", ":")) + "\n"
 
 
 def head(about: Mapping[str, Any]) -> str:
@@ -79,10 +98,12 @@ def read_log(path: Path) -> RequestLog:
     about = _parsed(path, 1, lines[0] if lines else "")
     if about.get("request_log") != _FORMAT:
         raise CorruptFile(f"{path} is no request log of format {_FORMAT}; give one that `vbert serve --record` wrote")
-    read = [_request(path, i, _parsed(path, i, line)) for i, line in enumerate(lines[1:], 2)]
+    parsed = [(i, _parsed(path, i, line)) for i, line in enumerate(lines[1:], 2)]
+    batches = [_batch(path, i, line["batch"]) for i, line in parsed if "batch" in line]
+    read = [_request(path, i, line) for i, line in parsed if "batch" not in line]
     known = sorted((each for each in read if each[0].lengths), key=lambda each: each[0].at_s)
     requests, total_s = [request for request, _ in known], [seconds for _, seconds in known]
-    return RequestLog(about, requests, total_s, unread=len(read) - len(known))
+    return RequestLog(about, requests, total_s, unread=len(read) - len(known), batches=batches)
 
 
 def _parsed(path: Path, number: int, line: str) -> dict[str, Any]:
@@ -93,6 +114,17 @@ def _parsed(path: Path, number: int, line: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CorruptFile(f"line {number} of {path} is no JSON object; give a whole request log")
     return value
+
+
+def _batch(path: Path, number: int, value: Any) -> Computed:
+    try:
+        tokens, inputs, tenants, compute_s = value
+        batch = Computed(int(tokens), int(inputs), int(tenants), float(compute_s))
+        if min(batch[:3]) < 1 or not batch.compute_s > 0:
+            raise ValueError(f"it says {value}")
+        return batch
+    except (TypeError, ValueError) as error:
+        raise CorruptFile(f"line {number} of {path} is no batch ({error!r}); give a whole request log") from error
 
 
 def _request(path: Path, number: int, line: dict[str, Any]) -> tuple[Offered, float]:

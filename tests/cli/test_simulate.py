@@ -88,12 +88,25 @@ def test_a_log_comes_back_as_it_was_written(tmp_path):
     assert log.total_s[1] != log.total_s[1]
 
 
+def test_batches_in_a_log_tell_how_fast_its_machine_was(capsys, tmp_path):
+    """Told 1 ms and 0.1 ms a token, which makes 11 and 21 ms; measured 44 and 84 ms."""
+    write_log(tmp_path / "log", [Offered(float(i), "a", (100,)) for i in range(9)], {})
+    with (tmp_path / "log").open("a") as file:
+        file.write('{"batch":[100,4,2,0.044]}\n{"batch":[200,4,2,0.084]}\n')
+    assert read_log(tmp_path / "log").batches == [(100, 4, 2, 0.044), (200, 4, 2, 0.084)]
+    found = simulated(capsys, *LINE, "--trace", str(tmp_path / "log"))
+    assert found["to_profile"] == 4
+    assert found["policies"][0]["mean_ms"] == pytest.approx(44)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "line 1 of .* is not JSON"),
         ("{}\n", "no request log of format 1"),
         ('{"request_log": 1}\n[1]\n', "line 2 of .* is no JSON object"),
+        ('{"request_log": 1}\n{"batch": [1, 2, 3]}\n', "line 2 of .* is no batch"),
+        ('{"request_log": 1}\n{"batch": [0, 1, 1, 0.5]}\n', "line 2 of .* is no batch"),
         ('{"request_log": 1}\n{"at_s": 1}\n', "line 2 of .* is no request"),
         ('{"request_log": 1}\n{"at_s": 1, "tenant": "a", "lengths": [0]}\n', "line 2 of .* is no request"),
         ('{"request_log": 1}\n{"at_s": 1, "tenant": "a", "lengths": [1], "priority": "x"}\n', "line 2"),

@@ -102,6 +102,7 @@ def test_what_modules_add_is_between_what_was_measured():
     assert added[9, 8] == pytest.approx(0.008)
     assert added[1, 12] == pytest.approx(0.006)
     assert cost.module_s("low_rank", 64, 1, 4) == pytest.approx(0.004)
+    assert cost.module_s("low_rank", 8) == pytest.approx(0.004)  # as in the 64 that were measured
     assert cost.module_s("affine", 64) == 0  # noise is no gain
     with pytest.raises(ConfigError, match="kind low_rank, affine, not 'sparse'; run `vbert profile`"):
         cost.module_s("sparse", 64)

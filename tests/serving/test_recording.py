@@ -26,6 +26,8 @@ async def test_a_server_writes_what_it_was_asked(serving, tmp_path):
     assert log.requests[1].deadline_s == pytest.approx(9.0)
     assert all(seconds > 0 for seconds in log.total_s[:4])
     assert log.total_s[4] != log.total_s[4]
+    assert log.batches[0][:3] == (7, 2, 1)
+    assert sum(batch.inputs for batch in log.batches) == 5
     assert "two words" not in (tmp_path / "log").read_text()
 
 
