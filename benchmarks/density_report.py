@@ -22,12 +22,15 @@ def tables(
     def table(
         rows_of: Callable[[list[Row]], tuple[list[str], list[list[object]]]],
         counts: Callable[[Row], bool] = lambda _: True,
+        asked_all: bool = False,
     ) -> Callable[[], str]:
-        """counts: rows without which a result is not for this table."""
+        """counts: rows without which a result is not for this table. asked_all: results whose first round asked every
+        tenant go before newer ones in which it did not."""
 
         def render() -> str:
             newest: dict[tuple[Any, ...], Any] = {}
-            for result in results("density"):
+            every = results("density")
+            for result in sorted(every, key=_asked_all) if asked_all else every:
                 newest |= {tuple(_case(row)): result for row in result["rows"] if counts(row)}
             used = {id(result): result for result in newest.values()}
             rows = [
@@ -39,11 +42,16 @@ def tables(
 
     return {
         "density_registration": table(_registration),
-        "density_serving": table(_serving),
+        "density_serving": table(_serving, asked_all=True),
         "density_first": table(_first),
         "density_memory": table(_memory),
         "density_peers": table(_peers, lambda row: "kib_per_tenant" in row),
     }
+
+
+def _asked_all(result: Mapping[str, Any]) -> bool:
+    """Or was measured before there were first rounds of some."""
+    return all(row.get("first_round", row["tenants"]) >= row["tenants"] for row in result["rows"])
 
 
 def _registration(rows: list[Row]) -> tuple[list[str], list[list[object]]]:
