@@ -328,7 +328,8 @@ def _print_table(result: Mapping[str, Any]) -> None:
     columns = [name.replace("_", " ").replace(" per s", "/s") for name in names]
     table = Table(*columns, title=result["benchmark"], box=SIMPLE_HEAD)
     for row in result["rows"]:
-        table.add_row(*(str(row[name]) for name in names))
+        what = row.get("system") or row.get("policy") or row.get("part")
+        table.add_row(str(what), *(str(row.get(name, "-")) for name in names[1:]))
     console = Console()
     console.width = max(console.width, 100)  # a wrapped number cannot be read
     console.print(table)
