@@ -23,7 +23,10 @@ def tables(
 
     def newest(part: str, table: Callable[[list[Row], Markdown], str]) -> Callable[[], str]:
         def render() -> str:
-            result = [each for each in results("simulation") if any(row["part"] == part for row in each["rows"])][-1]
+            found = [each for each in results("simulation") if any(row["part"] == part for row in each["rows"])]
+            if not found:
+                return f"Not measured yet: `vbert bench simulation --parts {part} --append`, then `make tables`."
+            result = found[-1]
             return where(result) + table([row for row in result["rows"] if row["part"] == part], markdown)
 
         return render
