@@ -18,7 +18,6 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +48,7 @@ from vbert.checkpoint import write_tenant
 from vbert.errors import ConfigError
 from vbert.formats.transformers_folder import Backbone, read_backbone
 from vbert.model import Model, SequenceInput
+from vbert.tokenizer import Tokenizer
 
 __all__ = ["main"]
 
@@ -233,6 +233,7 @@ async def _replay(args: argparse.Namespace, backbone: Backbone, cost: CostModel)
     rows = []
     batch_s = partial(cost.batch_s, module=("low_rank", 8))
     world = World(batch_s=batch_s, max_batch_tokens=args.max_batch_tokens)
+    tokenizer = Tokenizer.load(backbone.folder, backbone.config)
     modules = [write_tenant(module) for module in random_loras(backbone, TENANTS, seed=0)]
     for load in args.loads:
         with tempfile.TemporaryDirectory() as folder:
@@ -251,7 +252,7 @@ async def _replay(args: argparse.Namespace, backbone: Backbone, cost: CostModel)
                     await engine.add_tenant(f"t{i}", module)
                     await engine.embed(f"t{i}", ["it is in memory and tested"])
                 begin_s = time.perf_counter()
-                await _ask(engine, load * world.tokens_per_s, args.seconds)
+                await _ask(engine, tokenizer, load * world.tokens_per_s, args.seconds)
                 lasted_s = time.perf_counter() - begin_s
             recorded = read_log(log)
         asked = [(r, s) for r, s in zip(recorded.requests, recorded.total_s, strict=True)][TENANTS:]
@@ -259,8 +260,7 @@ async def _replay(args: argparse.Namespace, backbone: Backbone, cost: CostModel)
         requests = [request._replace(at_s=request.at_s - first_s) for request, _ in asked]
         measured_ms = [1e3 * seconds for _, seconds in asked if seconds == seconds]
         to_profile = recorded.to_cost(batch_s)
-        as_fast = replace(world, batch_s=lambda *batch, ratio=to_profile: ratio * batch_s(*batch))
-        done = simulate(requests, batch_policy(DEFAULT), as_fast)
+        done = simulate(requests, batch_policy(DEFAULT), world.slower(to_profile))
         row = report(requests, done, lambda tokens: batch_s(tokens, 1))
         mean_ms = float(np.mean(measured_ms))
         rows.append(
@@ -280,11 +280,11 @@ async def _replay(args: argparse.Namespace, backbone: Backbone, cost: CostModel)
     return rows
 
 
-async def _ask(engine: Engine, tokens_per_s: float, seconds: float) -> None:
+async def _ask(engine: Engine, tokenizer: Tokenizer, tokens_per_s: float, seconds: float) -> None:
     """One real text a request, of a tenant at random, when its time has come, whatever became of those before."""
     rng = random.Random(1)
     words = list(itertools.islice(texts(), 2000))
-    sample = [len(encoded.token_ids) for encoded in engine._running.parts.tokenizer.encode(words)]
+    sample = [len(encoded.token_ids) for encoded in tokenizer.encode(words)]
     rate = tokens_per_s / float(np.mean(sample))
     tasks, at_s = [], 0.0
     begin_s = time.perf_counter()

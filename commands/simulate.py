@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     ways = _ways(args, cost, world)
     requests, measured, to_cost = _requests(args, world)
     if to_cost != 1:  # of a log whose machine took longer, or less, than the profile says
-        world = replace(world, batch_s=partial(_scaled, world.batch_s, to_cost))
+        world = world.slower(to_cost)
         ways = _ways(args, cost, world)
     rows, latencies = [], {}
     with progress_bar() as progress:
@@ -187,10 +186,6 @@ def _module(text: str | None) -> tuple[str, int] | None:
 
 def _advance(progress: Callable[[str, int, int], None], name: str, total: int, done: int) -> None:
     progress(name, done, total)
-
-
-def _scaled(batch_s: Callable[[int, int, int], float], ratio: float, tokens: int, inputs: int, tenants: int) -> float:
-    return ratio * batch_s(tokens, inputs, tenants)
 
 
 def _requests(args: argparse.Namespace, world: World) -> tuple[list[Offered], list[float], float]:

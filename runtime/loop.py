@@ -57,19 +57,11 @@ class ServingLoop:
                 await self._wait(plan.wake_s)
 
     def view(self) -> View:
-        queue, pipeline = self.dispatcher.queue, self.pipeline
+        pipeline = self.pipeline
         batch_tokens = pipeline.pressure.batch_tokens
-        return View(
+        return View.of(
+            self.dispatcher.queue,
             now_s=self.clock.now_s(),
-            waiting=queue.waiting,
-            ready=queue.ready,
-            ready_tokens=queue.ready_tokens,
-            deadlines=queue.deadlines,
-            ready_deadlines=queue.ready_deadlines,
-            shares=queue.shares,
-            tag=queue.tag,
-            tag_of=queue.tag_of,
-            cold=queue.cold,
             loading=self.manager.loading,
             in_flight=pipeline.in_flight,
             busy_until_s=pipeline.busy_until_s,

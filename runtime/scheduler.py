@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from runtime.request import BatchPlan, Waiting
+from runtime.waiting import WaitingQueue
 
 __all__ = ["BatchPolicy", "View"]
 
@@ -43,6 +44,41 @@ class View:
     tokens_per_s: float | None
     batch_s: Callable[[int], float | None] = lambda _: None
     ahead_s: float = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        queue: WaitingQueue,
+        *,
+        now_s: float,
+        loading: Collection[str],
+        in_flight: int,
+        busy_until_s: float | None,
+        max_batch_tokens: int,
+        tokens_per_s: float | None,
+        batch_s: Callable[[int], float | None],
+        ahead_s: float = 0.0,
+    ) -> View:
+        """Of the indexes of a queue, and what else is known."""
+        return cls(
+            now_s=now_s,
+            waiting=queue.waiting,
+            ready=queue.ready,
+            ready_tokens=queue.ready_tokens,
+            deadlines=queue.deadlines,
+            ready_deadlines=queue.ready_deadlines,
+            shares=queue.shares,
+            tag=queue.tag,
+            tag_of=queue.tag_of,
+            cold=queue.cold,
+            loading=loading,
+            in_flight=in_flight,
+            busy_until_s=busy_until_s,
+            max_batch_tokens=max_batch_tokens,
+            tokens_per_s=tokens_per_s,
+            batch_s=batch_s,
+            ahead_s=ahead_s,
+        )
 
 
 class BatchPolicy(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +60,11 @@ class World:
         """Of short texts, each of another tenant."""
         inputs = max(1, self.max_batch_tokens // TYPICAL_LENGTH)
         return self.batch_s(self.max_batch_tokens, inputs, inputs)
+
+    def slower(self, ratio: float) -> World:
+        """The same, every batch of which takes so many times as long."""
+        batch_s = self.batch_s
+        return replace(self, batch_s=lambda tokens, inputs, tenants: ratio * batch_s(tokens, inputs, tenants))
 
     @property
     def tokens_per_s(self) -> float:
@@ -164,18 +169,9 @@ class _Simulation:
         return self.tokens_per_s
 
     def _view(self) -> View:
-        queue = self.queue
-        return View(
+        return View.of(
+            self.queue,
             now_s=self.now_s,
-            waiting=queue.waiting,
-            ready=queue.ready,
-            ready_tokens=queue.ready_tokens,
-            deadlines=queue.deadlines,
-            ready_deadlines=queue.ready_deadlines,
-            shares=queue.shares,
-            tag=queue.tag,
-            tag_of=queue.tag_of,
-            cold=queue.cold,
             loading=self.home.loading,
             in_flight=len(self.running),
             busy_until_s=self.busy_until_s,

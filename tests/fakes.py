@@ -59,17 +59,9 @@ class Line:
         return request.request_id
 
     def view(self) -> View:
-        return View(
+        return View.of(
+            self.queue,
             now_s=self.now_s,
-            waiting=self.queue.waiting,
-            ready=self.queue.ready,
-            ready_tokens=self.queue.ready_tokens,
-            deadlines=self.queue.deadlines,
-            ready_deadlines=self.queue.ready_deadlines,
-            shares=self.queue.shares,
-            tag=self.queue.tag,
-            tag_of=self.queue.tag_of,
-            cold=self.queue.cold,
             loading=self.loading.keys(),
             in_flight=self.in_flight,
             busy_until_s=self.busy_until_s,

@@ -36,7 +36,7 @@ from benchmarks.report import output_flags, publish
 from benchmarks.workload import ALL_SHAPES, write_backbone
 from runtime.blobs import digest_of
 from runtime.module_files import ModuleFiles
-from vbert.arena import Arena
+from vbert.arena import Arena, ResidentTenant
 from vbert.checkpoint import write_tenant
 from vbert.encoder import Encoder
 from vbert.formats import read_backbone, read_tenant
@@ -81,7 +81,7 @@ def _measure(shape: str, folder: Path, args: argparse.Namespace) -> list[dict[st
     model = Model.load(backbone, "float32")
     arena = Arena(backbone.config, backbone.fingerprint, model.dtype, 8 * 2**30)
     files = [_native(tuned[i], backbone, folder) for i in range(2)]
-    sides = [arena.fill(arena.reserve(read_header(file), file.name), file) for file in files]  # type: ignore[arg-type]
+    sides = [_load(arena, file) for file in files]
     fresh = [_answer(model, side) for side in sides]
     built = AutoModelForSequenceClassification.from_pretrained(tuned[0]).eval()
     num_bytes = files[0].stat().st_size
@@ -91,10 +91,7 @@ def _measure(shape: str, folder: Path, args: argparse.Namespace) -> list[dict[st
     seen = ModuleFiles(lambda digest: folder / digest)
 
     def load(i: int, witness: ModuleFiles | None = None) -> None:
-        header = read_header(files[i])
-        reservation = arena.reserve(header, files[i].name)
-        assert reservation is not None
-        spare["tenant"] = arena.fill(reservation, files[i], witness)
+        spare["tenant"] = _load(arena, files[i], witness)
 
     def full_as_coded(i: int) -> None:
         other = AutoModelForSequenceClassification.from_pretrained(original, num_labels=2)
@@ -157,6 +154,13 @@ def _native(folder: Path, backbone: Any, scratch: Path) -> Path:
 
 def _answer(model: Model, tenant: Any) -> torch.Tensor:
     return model.forward(model.pack([SequenceInput(_IDS, [0] * len(_IDS), tenant)]))[0].clone()
+
+
+def _load(arena: Arena, file: Path, witness: ModuleFiles | None = None) -> ResidentTenant:
+    header = read_header(file)
+    reservation = arena.reserve(header, file.name)
+    assert reservation is not None, "the arena has room for all of them"
+    return arena.fill(reservation, file, witness)
 
 
 def _release(arena: Arena, spare: dict[str, Any], forgotten: Path | None = None) -> None:

@@ -11,6 +11,7 @@ from runtime.errors import ModuleTooLarge
 from tests.formats.test_compressed import fine_tuned, low_rank
 from tests.serving.helpers import Dense, add, outcome
 from tests.tiny import TEXTS
+from vbert.checkpoint import write_tenant
 
 CLOSE = {"atol": 2e-4, "rtol": 2e-3}
 MIB = 2**20
@@ -79,7 +80,7 @@ async def test_same_weights_are_loaded_once(serving, factory):
 async def test_one_that_never_fits_is_refused_and_the_others_are_served(serving, factory):
     async with serving(module_budget_bytes=MIB // 16) as engine:
         await add(engine, "small", factory.tenant("bitfit"))
-        error = await outcome(engine.add_tenant("large", write(factory.tenant("whole"))))
+        error = await outcome(engine.add_tenant("large", write_tenant(factory.tenant("whole"))))
         if not isinstance(error, ModuleTooLarge):
             error = await outcome(engine.classify("large", TEXTS[:1]))
         assert isinstance(error, ModuleTooLarge)
@@ -101,9 +102,3 @@ async def test_a_folder_of_transformers_is_a_tenant_like_any_other(serving, back
         assert version.kinds == ("weights",)
         answer = await engine.classify("whole", ["one text"])
     np.testing.assert_allclose(answer.probabilities, expected, **CLOSE)
-
-
-def write(module):
-    from vbert.checkpoint import write_tenant
-
-    return write_tenant(module)
