@@ -18,6 +18,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -256,11 +257,10 @@ async def _replay(args: argparse.Namespace, backbone: Backbone, cost: CostModel)
                 lasted_s = time.perf_counter() - begin_s
             recorded = read_log(log)
         asked = [(r, s) for r, s in zip(recorded.requests, recorded.total_s, strict=True)][TENANTS:]
-        first_s = asked[0][0].at_s
-        requests = [request._replace(at_s=request.at_s - first_s) for request, _ in asked]
+        requests = [request for request, _ in asked]
         measured_ms = [1e3 * seconds for _, seconds in asked if seconds == seconds]
-        to_profile = recorded.to_cost(batch_s)
-        done = simulate(requests, batch_policy(DEFAULT), world.slower(to_profile))
+        pace = recorded.pace(batch_s)
+        done = simulate(requests, batch_policy(DEFAULT), replace(world, pace=pace))
         row = report(requests, done, lambda tokens: batch_s(tokens, 1))
         mean_ms = float(np.mean(measured_ms))
         rows.append(
@@ -274,7 +274,7 @@ async def _replay(args: argparse.Namespace, backbone: Backbone, cost: CostModel)
                 "simulated_mean_ms": row["mean_ms"],
                 "simulated_p99_ms": row["p99_ms"],
                 "ratio": round(row["mean_ms"] / mean_ms, 4),
-                "to_profile": round(to_profile, 4),
+                "to_profile": round(pace.mean, 4),
             }
         )
     return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from commands.output import Wrong, add_json_flag, show
 
 if TYPE_CHECKING:
     from runtime.cost import CostModel
+    from runtime.pace import Pace
     from runtime.request_log import Offered
     from runtime.simulator import Simulated, World
 
@@ -87,11 +89,9 @@ def run(args: argparse.Namespace) -> None:
 
     cost = _cost(args)
     world = _world(args, cost)
+    requests, measured, pace = _requests(args, world)
+    world = replace(world, pace=pace)
     ways = _ways(args, cost, world)
-    requests, measured, to_cost = _requests(args, world)
-    if to_cost != 1:  # of a log whose machine took longer, or less, than the profile says
-        world = world.slower(to_cost)
-        ways = _ways(args, cost, world)
     rows, latencies = [], {}
     with progress_bar() as progress:
         for name, way in ways.items():
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
         facts = {
             "requests": len(requests),
             "tokens_per_s": round(world.tokens_per_s, 1),
-            "to_profile": round(to_cost, 4),
+            "to_profile": round(pace.mean, 4),
         }
         print(json.dumps(facts | {"policies": rows}))
     else:
@@ -188,10 +188,11 @@ def _advance(progress: Callable[[str, int, int], None], name: str, total: int, d
     progress(name, done, total)
 
 
-def _requests(args: argparse.Namespace, world: World) -> tuple[list[Offered], list[float], float]:
-    """What each took when it was recorded, in seconds, and how long batches took to what the profile says; nothing and
-    1 for requests that were made up."""
+def _requests(args: argparse.Namespace, world: World) -> tuple[list[Offered], list[float], Pace]:
+    """What each took when it was recorded, in seconds, and how long batches took to what the profile says; for requests
+    that were made up nothing, and as long."""
     from runtime.arrivals import ARRIVALS, Traffic, gaps_log, make_requests
+    from runtime.pace import STEADY
     from runtime.request_log import read_log
 
     deadline_s = None if args.deadline_ms is None else args.deadline_ms / 1e3
@@ -208,16 +209,16 @@ def _requests(args: argparse.Namespace, world: World) -> tuple[list[Offered], li
             batch_part=args.batch_part,
             seed=args.seed,
         )
-        return make_requests(traffic), [], 1.0
+        return make_requests(traffic), [], STEADY
     path = Path(args.trace)
     with path.open(encoding="utf-8") as file:
         is_list = file.read(1) == "["
     if is_list:
-        return gaps_log(path, tokens=round(args.mean_tokens), inputs=args.inputs, deadline_s=deadline_s), [], 1.0
+        return gaps_log(path, tokens=round(args.mean_tokens), inputs=args.inputs, deadline_s=deadline_s), [], STEADY
     log = read_log(path)
     if not log.requests:
         raise Wrong(f"{path} has no request that was tokenised; give a longer log")
-    return log.requests, log.total_s, log.to_cost(world.batch_s)
+    return log.requests, log.total_s, log.pace(world.batch_s)
 
 
 def _beside(row: dict[str, Any], measured: Sequence[float]) -> dict[str, Any]:

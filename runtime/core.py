@@ -191,13 +191,14 @@ class Core:
             request = Offered(pending.arrival_s, pending.served.key.tenant, lengths, allowed_s, pending.priority)
             recorder.add(request, outcome, pending.timings.total_s if outcome == "ok" else None)
 
-    def _record_batch(self, pieces: Pieces, tests: Tests, batch: Computed) -> None:
+    def _record_batch(self, pieces: Pieces, tests: Tests, batch: Computed, launched_s: float) -> None:
         """But those with self-tests, of canaries, with something stored, or of whom somebody left."""
         recorder, is_canary = self.parts.recorder, any(pending.caller == CANARY for pending, _ in pieces)
         if recorder is None or tests or is_canary or batch.reran or batch.work < 1 or LEFT in batch.outcomes:
             return
         tenants = len({pending.served.key.digest for pending, _ in pieces})
-        recorder.add_batch(request_log.Computed(batch.num_tokens, len(batch.outcomes), tenants, batch.compute_s))
+        times = (launched_s, self._clock.now_s())
+        recorder.add_batch(request_log.Computed(batch.num_tokens, len(batch.outcomes), tenants, *times))
 
     def _scope(self, pending: Pending) -> bytes | None:
         """Canaries and self-tests, which prove that the backbone computes, take no part."""

@@ -33,7 +33,7 @@ Tests = dict[str, tuple[ResidentTenant | None, tuple[SelfTest, ...]]]
 class ServingLoop:
     """`event` is set whenever a request came or left, a batch ended, or a module came, went or failed. scope: who may
     share the lower layers of a request's texts, domain: whose n-grams are asked, both for `SequenceInput`. record:
-    told of every batch that ended."""
+    told of every batch that ended, and when it was launched."""
 
     policy: BatchPolicy
     dispatcher: Dispatcher
@@ -45,7 +45,7 @@ class ServingLoop:
     metrics: Metrics
     scope: Callable[[Pending], bytes | None] = lambda _: None
     domain: Callable[[Pending], str] = lambda _: ""
-    record: Callable[[Pieces, Tests, Computed], None] = lambda pieces, tests, batch: None
+    record: Callable[[Pieces, Tests, Computed, float], None] = lambda pieces, tests, batch, launched_s: None
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -105,12 +105,13 @@ class ServingLoop:
                 tests[digest] = (tenant, untested)
         for tenant, untested in tests.values():
             sequences += as_sequences(untested, tenant)
-        self.pipeline.launch(sequences, partial(self._finished, pieces, tests), partial(_wanted, pieces, tests))
+        finished = partial(self._finished, pieces, tests, self.clock.now_s())
+        self.pipeline.launch(sequences, finished, partial(_wanted, pieces, tests))
 
-    def _finished(self, pieces: Pieces, tests: Tests, batch: Computed) -> None:
+    def _finished(self, pieces: Pieces, tests: Tests, launched_s: float, batch: Computed) -> None:
         """A batch ended: every piece gets its outputs, or the error of its tenant."""
         now_s, begin, outcomes = self.clock.now_s(), 0, batch.outcomes
-        self.record(pieces, tests, batch)
+        self.record(pieces, tests, batch, launched_s)
         refused = self._judge(tests, outcomes[sum(piece.last - piece.first for _, piece in pieces) :])
         for pending, piece in pieces:
             end = begin + piece.last - piece.first

@@ -1,7 +1,7 @@
 """A log of requests, by which a server's day is simulated again: who asked when, for how much, and how long it took.
 
-One JSON object a line. The first is about the log, the others are requests and batches; no texts. Written by `vbert
-serve --record` (runtime/recorder.py), read by `vbert simulate --trace`.
+One JSON object a line. The first is about the log, the others are requests and batches; no texts. Times are seconds
+from its start. Written by `vbert serve --record` (runtime/recorder.py), read by `vbert simulate --trace`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from runtime.pace import Pace
 from runtime.request import PRIORITIES
 from vbert.errors import ConfigError, CorruptFile
 
 __all__ = ["Computed", "Offered", "RequestLog", "batch_line", "head", "read_log", "to_line", "write_log"]
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Offered(NamedTuple):
@@ -36,12 +37,13 @@ class Offered(NamedTuple):
 
 
 class Computed(NamedTuple):
-    """One batch, self-tests left out. compute_s: as if nothing of it had been stored."""
+    """One batch, self-tests left out. launched_s: when the lanes got it, ended_s: when its answers were there."""
 
     tokens: int
     inputs: int
     tenants: int
-    compute_s: float
+    launched_s: float
+    ended_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +57,15 @@ class RequestLog:
     unread: int
     batches: list[Computed]
 
-    def to_cost(self, batch_s: Callable[[int, int, int], float]) -> float:
-        """Measured seconds of all batches to those that batch_s(tokens, inputs, tenants) tells; 1 if there are none."""
-        told_s = sum(batch_s(batch.tokens, batch.inputs, batch.tenants) for batch in self.batches)
-        return sum(batch.compute_s for batch in self.batches) / told_s if told_s else 1.0
+    def pace(self, batch_s: Callable[[int, int, int], float]) -> Pace:
+        """What batches took to what batch_s(tokens, inputs, tenants) tells. A batch takes from when it is launched, or
+        the one before it ended, to its end."""
+        measured, free_s = [], 0.0
+        for batch in sorted(self.batches, key=lambda batch: batch.ended_s):
+            told_s = batch_s(batch.tokens, batch.inputs, batch.tenants)
+            measured.append((batch.ended_s, batch.ended_s - max(free_s, batch.launched_s), told_s))
+            free_s = batch.ended_s
+        return Pace.of(measured)
 
 
 def to_line(request: Offered, outcome: str, total_s: float | None) -> str:
@@ -71,7 +78,8 @@ def to_line(request: Offered, outcome: str, total_s: float | None) -> str:
 
 
 def batch_line(batch: Computed) -> str:
-    return json.dumps({"batch": [*batch[:3], round(batch.compute_s, 6)]}, separators=(",", ":")) + "\n"
+    times = [round(batch.launched_s, 6), round(batch.ended_s, 6)]
+    return json.dumps({"batch": [*batch[:3], *times]}, separators=(",", ":")) + "\n"
 
 
 def head(about: Mapping[str, Any]) -> str:
@@ -118,9 +126,9 @@ def _parsed(path: Path, number: int, line: str) -> dict[str, Any]:
 
 def _batch(path: Path, number: int, value: Any) -> Computed:
     try:
-        tokens, inputs, tenants, compute_s = value
-        batch = Computed(int(tokens), int(inputs), int(tenants), float(compute_s))
-        if min(batch[:3]) < 1 or not batch.compute_s > 0:
+        tokens, inputs, tenants, launched_s, ended_s = value
+        batch = Computed(int(tokens), int(inputs), int(tenants), float(launched_s), float(ended_s))
+        if min(batch[:3]) < 1 or not 0 <= batch.launched_s < batch.ended_s:
             raise ValueError(f"it says {value}")
         return batch
     except (TypeError, ValueError) as error:

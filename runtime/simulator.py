@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.cost import TYPICAL_LENGTH
 from runtime.errors import DeadlineExceeded, RequestTooLarge
+from runtime.pace import STEADY, Pace
 from runtime.request import Batch, BatchPlan, Slice, TenantKey, Waiting
 from runtime.request_log import Offered
 from runtime.residency import LfuAgeing, ResidencyPolicy
@@ -42,12 +43,13 @@ class Modules:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
     """What is served on. batch_s: of so many tokens in so many inputs of so many tenants. around_s: what each request
-    takes besides, such as to be tokenised and answered. modules: None where all of them are in memory. kind: of all
-    modules, as a profile names it. weight: of a tenant's share. refuse: whether requests are refused that cannot be in
-    time, and where the queue is full."""
+    takes besides, such as to be tokenised and answered. pace: how much longer batches take, and when. modules: None
+    where all of them are in memory. kind: of all modules, as a profile names it. weight: of a tenant's share. refuse:
+    whether requests are refused that cannot be in time, and where the queue is full."""
 
     batch_s: Callable[[int, int, int], float]
     around_s: float = 0.0
+    pace: Pace = STEADY
     max_batch_tokens: int = 4096
     max_queue_inputs: int = 4096
     modules: Modules | None = None
@@ -60,11 +62,6 @@ class World:
         """Of short texts, each of another tenant."""
         inputs = max(1, self.max_batch_tokens // TYPICAL_LENGTH)
         return self.batch_s(self.max_batch_tokens, inputs, inputs)
-
-    def slower(self, ratio: float) -> World:
-        """The same, every batch of which takes so many times as long."""
-        batch_s = self.batch_s
-        return replace(self, batch_s=lambda tokens, inputs, tenants: ratio * batch_s(tokens, inputs, tenants))
 
     @property
     def tokens_per_s(self) -> float:
@@ -166,7 +163,7 @@ class _Simulation:
         )
 
     def _rate(self) -> float:
-        return self.tokens_per_s
+        return self.tokens_per_s / self.world.pace.at(self.now_s)
 
     def _view(self) -> View:
         return View.of(
@@ -176,12 +173,12 @@ class _Simulation:
             in_flight=len(self.running),
             busy_until_s=self.busy_until_s,
             max_batch_tokens=self.world.max_batch_tokens,
-            tokens_per_s=self.tokens_per_s,
+            tokens_per_s=self._rate(),
             batch_s=self._batch_s,
         )
 
     def _batch_s(self, tokens: int) -> float:
-        return self.world.batch_s(tokens, max(1, tokens // TYPICAL_LENGTH), 1)
+        return self.world.pace.at(self.now_s) * self.world.batch_s(tokens, max(1, tokens // TYPICAL_LENGTH), 1)
 
     def _admit(self, request_id: int, offered: Offered) -> None:
         key = self.keys.get(offered.tenant)
@@ -238,8 +235,9 @@ class _Simulation:
                 self.begin_s[piece.request_id - 1] = self.now_s
             self.queue.take(piece.request_id, count)
         self.home.used(tenants)
-        seconds = self.world.batch_s(tokens, inputs, len(tenants))
-        self.busy_until_s = max(self.now_s, self.busy_until_s) + seconds
+        begin_s = max(self.now_s, self.busy_until_s)
+        seconds = self.world.pace.at(begin_s) * self.world.batch_s(tokens, inputs, len(tenants))
+        self.busy_until_s = begin_s + seconds
         self.busy_s += seconds
         self.batches += 1
         self.batch_tokens += tokens
