@@ -85,6 +85,9 @@ class EngineConfig:
         (), "PATTERN=CONFIDENCE, by tenant: above it an answer leaves early; 1: never; others: as their files say"
     )
     policy: str = option("fair", "which requests form a batch: fair, or another one of docs/scheduling.md")
+    instances: int = option(
+        2, "tenants with weights of their own in memory at a time, with the policies that are for instances"
+    )
     tenant_weights: tuple[str, ...] = option(
         (), "PATTERN=NUMBER, by tenant, the first that fits: its share beside the others, with the policy fair; else 1"
     )

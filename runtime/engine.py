@@ -23,10 +23,11 @@ from runtime.errors import ComputeFailed, Draining
 from runtime.health import Readiness
 from runtime.inputs import as_pairs
 from runtime.lanes import Lanes
+from runtime.manager import typical_load_s
 from runtime.metrics import MetricsSnapshot
 from runtime.parts import Parts, load_parts
 from runtime.pending import Pending
-from runtime.policies.named import batch_policy
+from runtime.policies.named import Instances, batch_policy
 from runtime.request import ClassifyResult, EmbedResult, Input, RerankResult, ScoreResult, TokenClassifyResult
 from runtime.scheduler import BatchPolicy
 from runtime.versions import TenantVersion
@@ -299,7 +300,16 @@ class Engine:
     async def _run(self, parts: Parts, lanes: Lanes, started: asyncio.Future[Core]) -> None:
         """Parent of every task, until cancelled."""
         config = self.config
-        policy = self._policy or batch_policy(config.policy, parts.cost, max_batch_tokens=config.max_batch_tokens)
+        policy = self._policy or batch_policy(
+            config.policy,
+            parts.cost,
+            max_batch_tokens=config.max_batch_tokens,
+            instances=Instances(
+                count=config.instances,
+                deadline_s=config.default_deadline_s,
+                load_s=(parts.cost.load_s if parts.cost else typical_load_s)(parts.model.encoder.num_bytes),
+            ),
+        )
         async with asyncio.TaskGroup() as tasks:
             core = Core(config, parts, lanes, clock=self._clock, policy=policy, spawn=tasks.create_task)
             tasks.create_task(core.loop.run(), name="vbert-loop")

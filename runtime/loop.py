@@ -75,6 +75,8 @@ class ServingLoop:
         self.dispatcher.expire(plan.expire)
         for batch in plan.batches:
             self._launch(batch)
+        for digest in plan.release:
+            self.manager.drop(digest)
         for key in plan.prefetch:
             self.manager.load(key.digest)
         self.manager.recheck()

@@ -207,7 +207,7 @@ class Manager:
         self.recheck()
 
     def drop(self, digest: str) -> None:
-        """Evict a module that nobody asks for any more, if it is here and not in use."""
+        """Evict a module that is not wanted any more, if it is here and not in use."""
         if digest in self._resident and not self._is_pinned(digest):
             self._evict(digest)
             self.recheck()

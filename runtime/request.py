@@ -198,16 +198,15 @@ class Slice:
 @dataclass(frozen=True, slots=True)
 class Batch:
     slices: tuple[Slice, ...]
-    instance: int = 0
-    groups: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """What a policy decides. Batches in launch order; tenants to bring in next; requests past their deadline;
-    and when to ask again (None: on the next event)."""
+    """What a policy decides. Batches in launch order; tenants to bring in next; requests past their deadline; when to
+    ask again (None: on the next event); and digests of modules that make room for those to bring in."""
 
     batches: tuple[Batch, ...] = ()
     prefetch: tuple[TenantKey, ...] = ()
     expire: tuple[int, ...] = ()
     wake_s: float | None = None
+    release: tuple[str, ...] = ()

@@ -220,8 +220,10 @@ class _Simulation:
             self._end(request_id, DeadlineExceeded.code)
         for batch in plan.batches:
             self._launch(batch)
-        if plan.prefetch:
-            self.home.load(plan.prefetch, self.now_s, {tenant for each in self.running for tenant in each.tenants})
+        if plan.prefetch or plan.release:
+            in_use = {tenant for each in self.running for tenant in each.tenants}
+            self.home.release(plan.release, in_use)
+            self.home.load(plan.prefetch, self.now_s, in_use)
 
     def _launch(self, batch: Batch) -> None:
         tokens = inputs = 0
@@ -297,14 +299,23 @@ class _Home:
             if victims is None:
                 return
             for victim in victims:
-                self._policy.left(victim)
-                self._free += self._here.pop(victim)
-                self._queue.leave(victim)
+                self._leave(victim)
             self._free -= size
             self.loading[key.digest] = None
             begin_s = self._loads[-1][0] if self._loads else now_s
             self._loads.append((begin_s + self._modules.load_s(size), key.digest))
             self.loads += 1
+
+    def release(self, digests: Sequence[str], in_use: set[str]) -> None:
+        for digest in digests:
+            if digest in self._here and digest not in in_use:
+                self._leave(digest)
+
+    def _leave(self, digest: str) -> None:
+        assert self._policy is not None
+        self._policy.left(digest)
+        self._free += self._here.pop(digest)
+        self._queue.leave(digest)
 
     def finish(self, now_s: float) -> None:
         assert self._modules is not None or not self._loads

@@ -11,7 +11,7 @@ from runtime.policies.orders import Order
 from runtime.request import Batch, BatchPlan, Slice, TenantKey, Waiting
 from runtime.scheduler import View
 
-__all__ = ["DEADLINE_PART", "TokenBudget", "expired", "prefetched", "wake_s"]
+__all__ = ["DEADLINE_PART", "TokenBudget", "expired", "fitting", "prefetched", "wake_s"]
 
 DEADLINE_PART = 0.25  # of the time from arrival to deadline, that the batch of a request may take
 _LOOKED_AT = 32  # of those with the earliest deadlines
@@ -83,7 +83,7 @@ class TokenBudget:
                 continue
             if not self.packing and counts and request_id not in counts:
                 break
-            count, tokens = _fitting(request.lengths, taken, limit, room, alone=not counts)
+            count, tokens = fitting(request.lengths, taken, limit, room, alone=not counts)
             if count > taken:
                 counts[request_id] = count
                 room, misses = room - tokens, 0
@@ -144,7 +144,7 @@ def wake_s(view: View, num_expired: int, launch_s: float) -> float | None:
     return min(times, default=None)
 
 
-def _fitting(lengths: Sequence[int], taken: int, limit: int | None, room: int, *, alone: bool) -> tuple[int, int]:
+def fitting(lengths: Sequence[int], taken: int, limit: int | None, room: int, *, alone: bool) -> tuple[int, int]:
     """(inputs in the batch, tokens added) when up to `limit` inputs go in after the first `taken` ones."""
     count, tokens = taken, 0
     for length in islice(lengths, taken, limit):

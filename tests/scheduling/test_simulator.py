@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from runtime.arrivals import ARRIVALS, POPULARITY, Traffic, gaps_log, make_requests
 from runtime.cost import CostModel
+from runtime.policies.instances import INSTANCE_POLICIES
 from runtime.policies.named import DEFAULT, POLICIES, POOLED, batch_policy
 from runtime.request_log import Offered
 from runtime.simulation_report import fair_shares, jain, report
@@ -104,7 +105,7 @@ requests_of = st.lists(
 
 
 @pytest.mark.parametrize("refuse", [True, False])
-@pytest.mark.parametrize("name", [*POLICIES, *POOLED])
+@pytest.mark.parametrize("name", [*POLICIES, *POOLED, *INSTANCE_POLICIES])
 @given(rows=requests_of)
 @settings(max_examples=15, deadline=None)
 def test_everybody_ends_once_and_the_same_way_again(name, refuse, rows):

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from runtime.errors import ModuleTooLarge
+from runtime.policies.instances import INSTANCE_POLICIES
+from runtime.policies.named import Instances, batch_policy
 from tests.formats.test_compressed import fine_tuned, low_rank
 from tests.serving.helpers import Dense, add, outcome
 from tests.tiny import TEXTS
@@ -48,6 +50,27 @@ async def test_everybody_has_its_own_answers(serving, backbone, modules, options
             np.testing.assert_allclose(answers[-1].embeddings, np.stack(dense.raw(None, TEXTS[:3])), **CLOSE)
         assert engine.snapshot().reruns == 0
         assert engine.snapshot().resident_bytes["weights"] > 0
+
+
+@pytest.mark.parametrize("policy", INSTANCE_POLICIES)
+async def test_policies_for_instances_serve(serving, backbone, modules, policy):
+    dense = Dense(backbone)
+    async with serving(policy=batch_policy(policy, instances=Instances(count=2)), max_batch_tokens=32) as engine:
+        for tenant, module in modules.items():
+            await add(engine, tenant, module)
+        asked = [engine.classify(tenant, TEXTS[:3]) for _ in range(3) for tenant in modules]
+        answers = await asyncio.gather(*asked, engine.embed("tiny", TEXTS[:3]))
+        for answer, module in zip(answers, list(modules.values()) * 3, strict=False):
+            np.testing.assert_allclose(answer.probabilities, dense.probabilities(module, TEXTS[:3]), **CLOSE)
+        snapshot = engine.snapshot()
+        assert snapshot.resident_modules <= 2
+        assert snapshot.reruns == 0
+        assert snapshot.evictions >= len(modules) - 2
+        assert snapshot.evictions == len(modules) - 2 or policy != "kind-batches"
+        leaves = asyncio.create_task(engine.classify("t0-whole", TEXTS[:3]))
+        await asyncio.sleep(0)
+        leaves.cancel()
+        await asyncio.gather(*(engine.classify(tenant, TEXTS[:1]) for tenant in modules))
 
 
 async def test_a_change_of_weights_gives_the_same_bits_as_a_fresh_start(serving, factory):
