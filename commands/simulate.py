@@ -77,8 +77,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     server.add_argument("--queue-all", action="store_true", help="refuse nobody, however much waits")
     instances = parser.add_argument_group("instances that hold the whole weights of one tenant at a time")
     instances.add_argument("--instances", type=int, default=0, metavar="N", help="with policies of their own: see docs")
-    instances.add_argument("--switch-ms", type=float, default=150.0, help="to load another tenant's weights")
-    instances.add_argument("--item-ms", type=float, default=8.0, help="that an input takes")
+    instances.add_argument(
+        "--switch-ms", type=float, help="to load another tenant's weights; without it as a profile says, or 150"
+    )
+    instances.add_argument("--item-ms", type=float, help="that an input takes; without it as a profile says, or 8")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the latencies, .png, .svg or .pdf (matplotlib)")
     add_json_flag(parser)
 
@@ -124,19 +126,29 @@ def _ways(args: argparse.Namespace, cost: CostModel, world: World) -> dict[str, 
     if not args.instances:
         policies = {name: batch_policy(name, cost, max_batch_tokens=args.max_batch_tokens) for name in names}
         return {name: partial(simulate, policy=policy, world=world) for name, policy in policies.items()}
-    costs = {"item_s": args.item_ms / 1e3, "load_s": args.switch_ms / 1e3}
+    item_s, load_s = _instance_costs(args, cost)
     deadline_s = (args.deadline_ms or 3000) / 1e3
-    others = {name: instance_policy(name, deadline_s=deadline_s, **costs) for name in names}
+    others = {name: instance_policy(name, deadline_s=deadline_s, item_s=item_s, load_s=load_s) for name in names}
     return {
-        name: partial(simulate_on_instances, policy=policy, instances=args.instances, **costs)
+        name: partial(simulate_on_instances, policy=policy, instances=args.instances, item_s=item_s, load_s=load_s)
         for name, policy in others.items()
     }
+
+
+def _instance_costs(args: argparse.Namespace, cost: CostModel) -> tuple[float, float]:
+    """Seconds of an item and of a load."""
+    item_s = 0.008 if args.profile is None else cost.forward_s(round(args.mean_tokens), args.mean_tokens)
+    load_s = 0.15 if args.profile is None else cost.swap_s("warm")
+    return args.item_ms / 1e3 if args.item_ms else item_s, args.switch_ms / 1e3 if args.switch_ms else load_s
 
 
 def _cost(args: argparse.Namespace) -> CostModel:
     from runtime.cost import CostModel
     from runtime.profile_file import read_profile
 
+    given = [args.switch_ms, args.item_ms, args.mean_tokens]
+    if args.instances < 0 or min((each for each in given if each is not None), default=1) <= 0:
+        raise Wrong("--instances, --switch-ms, --item-ms and --mean-tokens must be above 0")
     if args.profile is not None:
         return read_profile(args.profile)
     if args.tokens_per_s is not None:
@@ -144,9 +156,7 @@ def _cost(args: argparse.Namespace) -> CostModel:
             raise Wrong(f"--tokens-per-s is {args.tokens_per_s}, --batch-ms {args.batch_ms}; give numbers above 0")
         return CostModel.on_a_line(args.tokens_per_s, args.batch_ms / 1e3)
     if args.instances:
-        if min(args.instances, args.switch_ms, args.item_ms, args.mean_tokens) <= 0:
-            raise Wrong("--instances, --switch-ms, --item-ms and --mean-tokens must be above 0")
-        return CostModel.on_a_line(1e3 * args.mean_tokens / args.item_ms, 0.0)
+        return CostModel.on_a_line(1e3 * args.mean_tokens / (args.item_ms or 8), 0.0)
     raise Wrong("nothing says what a batch takes; give --profile FILE of `vbert profile`, or --tokens-per-s")
 
 

@@ -8,6 +8,7 @@ them. Policies ask it before anything has run; what is learned meanwhile correct
 | forward/LENGTH | tokens of a batch | each of its sequences has LENGTH tokens |
 | with/KIND/SIZE/N | tokens of a batch | N tenants have modules of that kind and size; sequences have 32 tokens |
 | load/warm, load/cold | bytes of a module in memory | its file is in the page cache; it is on the disk only |
+| swap | bytes of a model's whole weights in memory | the encoder of another tenant with weights of its own |
 | upload | bytes, host to device | only where there is a device |
 | gather_rows/WIDTH | rows of a table in memory | rows of WIDTH numbers |
 | local | n-grams through the local layers of a skip backbone | only where there is one |
@@ -165,6 +166,26 @@ class CostModel:
     def upload_s(self, num_bytes: int) -> float:
         """Host to device; 0 where there is no device."""
         return self.curves["upload"].seconds(num_bytes) if "upload" in self.curves else 0.0
+
+    @property
+    def weights_bytes(self) -> int | None:
+        """Of a tenant with whole weights of its own, in memory; None where they were not measured."""
+        return round(self.curves["swap"].points[-1].size) if "swap" in self.curves else None
+
+    def swap_s(self, tier: str = "memory") -> float:
+        """A change to another tenant with whole weights of its own. tier: where these are: `memory`, that of the device
+        where there is one; `host`, from which they are uploaded; `warm` or `cold`, as `load_s` has it.
+
+        Raises ConfigError where it was not measured.
+        """
+        num_bytes = self.weights_bytes
+        if num_bytes is None:
+            raise ConfigError(f"the profile does not know whole weights; {_REMEDY}, without --quick")
+        views_s = self.curves["swap"].seconds(num_bytes)
+        if tier == "memory":
+            return views_s
+        loaded_s = 0.0 if tier == "host" else self.load_s(num_bytes, tier)
+        return views_s + self.upload_s(num_bytes) + loaded_s
 
     def gather_s(self, rows: int) -> float:
         """Rows of the backbone's width, gathered from a table in memory."""

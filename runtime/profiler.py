@@ -23,6 +23,7 @@ from runtime.machine import cpu_model, wait_policy
 from runtime.probes import Probes
 from runtime.uploads import moved_at_once
 from vbert.arena import Arena, ResidentTenant
+from vbert.encoder import Encoder
 from vbert.formats.transformers_folder import Backbone
 from vbert.local_layers import LocalLayers
 from vbert.memory import Slabs
@@ -44,9 +45,10 @@ class Effort:
     """What is measured, and how long.
 
     tokens, lengths: of forwards. ranks: of the modules that are loaded. rows: gathered at once. ngrams: computed at
-    once. modules: whose self-tests are replayed at once. point_s: time for the repeats of one point, of which there are
-    at least `min_repeats`. largest_s: a run that takes longer is not repeated; one that should take longer is left out,
-    and all larger ones with it, but for the second of a curve.
+    once. modules: whose self-tests are replayed at once. weights: whether those of a whole model are loaded, too.
+    point_s: time for the repeats of one point, of which there are at least `min_repeats`. largest_s: a run that takes
+    longer is not repeated; one that should take longer is left out, and all larger ones with it, but for the second of
+    a curve.
     """
 
     tokens: tuple[int, ...]
@@ -57,6 +59,7 @@ class Effort:
     modules: tuple[int, ...]
     kinds: tuple[tuple[str, int], ...]
     tenants: tuple[int, ...]
+    weights: bool
     min_repeats: int
     max_repeats: int
     point_s: float
@@ -72,6 +75,7 @@ FULL = Effort(
     modules=(1, 2, 4, 8, 16),
     kinds=(("low_rank", 8), ("low_rank", 64), ("bottleneck", 64), ("affine", 0), ("sparse", 10)),
     tenants=(1, 16),
+    weights=True,
     min_repeats=3,
     max_repeats=25,
     point_s=0.5,
@@ -86,6 +90,7 @@ QUICK = Effort(
     modules=(1, 4),
     kinds=(),
     tenants=(),
+    weights=False,
     min_repeats=2,
     max_repeats=9,
     point_s=0.05,
@@ -145,6 +150,8 @@ class Profiler:
                 f"with/{kind}/{size}/{n}": partial(self._with, scratch, kind, size, n) for n in self.effort.tenants
             }
         todo |= {f"load/{tier}": partial(self._loads, scratch, tier) for tier in ("warm", "cold")}
+        if self.effort.weights:
+            todo |= {"swap": partial(self._swaps, scratch)}
         todo |= {f"gather_rows/{self.backbone.config.hidden_size}": self._gathers}
         todo |= {"self_test": partial(self._self_tests, scratch)}
         if self.model.local is not None:
@@ -184,9 +191,18 @@ class Profiler:
         """Sizes are what the modules take in memory."""
         probes = Probes(self.backbone, self.model.dtype, scratch)
         paths = [probes.write(rank) for rank in self.effort.ranks]
+        if self.effort.weights:
+            paths.append(probes.write(0, kind="weights"))
         runs = {probes.num_bytes(path): partial(probes.load_and_release, path) for path in paths}
         forget = {probes.num_bytes(path): partial(probes.forget, path) for path in paths}
         return self._curve(runs, (1,), before=forget if tier == "cold" else {})
+
+    def _swaps(self, scratch: Path) -> Curve:
+        """What a batch of another tenant with weights of its own needs before it: views of its slot. The weights are
+        where they compute."""
+        probes = Probes(self.backbone, self.model.dtype, scratch)
+        (tenant,) = self._on_device([probes.load(probes.write(0, kind="weights"))])
+        return self._curve({tenant.num_bytes: partial(Encoder.of_tenant, self.backbone.config, tenant)}, (1,))
 
     def _gathers(self) -> Curve:
         width = self.backbone.config.hidden_size

@@ -8,8 +8,18 @@ import pytest
 
 from cli import main
 from runtime.policies.instances import INSTANCE_POLICIES
+from runtime.profile_file import write_profile
 from runtime.request_log import Offered, read_log, write_log
+from tests.scheduling.test_cost import curve, model
 from vbert.errors import ConfigError, CorruptFile
+
+
+@pytest.fixture
+def profile(tmp_path):
+    path = tmp_path / "profile.json"
+    write_profile(path, model(swap=curve((1_000_000, 0.0005))))
+    return path
+
 
 LINE = ["--tokens-per-s", "10000", "--batch-ms", "1"]
 
@@ -49,6 +59,14 @@ def test_instances_that_hold_whole_weights(capsys, tmp_path):
     assert rows["kind-batches"]["loads"] < 0.2 * rows["omls"]["loads"]
     assert max(rows[name]["late"] for name in ("kind-batches", "omls-guard")) < rows["round-robin"]["late"]
     assert all(row["answered"] == 1 for row in rows.values())
+
+
+def test_instances_of_a_profile(capsys, tmp_path, profile):
+    flags = ["--profile", str(profile), "--instances", "2", "--policy", "round-robin", "--requests", "50"]
+    slow = simulated(capsys, *flags, "--rate", "1", "--switch-ms", "9000")["policies"][0]
+    told = simulated(capsys, *flags, "--rate", "1")["policies"][0]
+    assert (told["loads"], told["p50_ms"] < 100) == (slow["loads"], True)
+    assert slow["p50_ms"] > 9000
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,17 @@ def test_a_length_beyond_disturbed_ones_never_costs_less():
     assert cost.forward_s(1024, 512) == pytest.approx(0.05)
 
 
+def test_a_change_of_whole_weights_costs_what_brings_them():
+    cost = model(swap=curve((1_000_000, 0.0005)))
+    assert cost.weights_bytes == 1_000_000
+    assert (cost.swap_s(), cost.swap_s("host"), cost.swap_s("warm")) == pytest.approx((0.0005, 0.0005, 0.0025))
+    on_a_gpu = model(swap=curve((1_000_000, 0.0005)), upload=curve((1_000_000, 0.004)))
+    assert (on_a_gpu.swap_s(), on_a_gpu.swap_s("host"), on_a_gpu.swap_s("warm")) == pytest.approx((5e-4, 45e-4, 65e-4))
+    assert model().weights_bytes is None
+    with pytest.raises(ConfigError, match="does not know whole weights"):
+        model().swap_s()
+
+
 def test_every_operation_has_its_seconds():
     cost = model()
     assert (cost.load_s(1_000_000), cost.load_s(1000, "cold")) == (0.002, 0.004)

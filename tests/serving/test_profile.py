@@ -61,6 +61,13 @@ def test_modules_of_every_kind_are_measured(profiler):
         assert 0 <= cost.module_s(kind, 64, tenants=2, size=size) < 60
 
 
+def test_whole_weights_are_measured(profiler, backbone):
+    cost = profiler(effort=replace(TINY, weights=True)).run()
+    assert cost.weights_bytes >= sum(tensor.nbytes for tensor in backbone.weights.values()) * 0.9
+    assert cost.curves["load/warm"].points[-1].size == cost.weights_bytes
+    assert 0 < cost.swap_s() < cost.swap_s("warm") < 60
+
+
 def test_what_takes_too_long_is_left_out(profiler):
     effort = replace(TINY, tokens=(8, 16, 2048, 4096), largest_s=0.0, lengths=(4,))
     curve = profiler(effort=effort).run().curves["forward/4"]
