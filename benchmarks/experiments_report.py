@@ -20,6 +20,8 @@ def tables(
         "fastptm_best": lambda: _best(results("fastptm_traces")[-1]["rows"], markdown),
         "fastptm_switch": lambda: _switch(results("fastptm_switch")[-1], where, markdown),
         "pets_throughput": lambda: _pets(results("pets_throughput")[-1], where, markdown),
+        "pets_batching": lambda: _batching(results("pets_batching")[-1], where, markdown),
+        "pets_batching_cuts": lambda: _batching_cuts(results("pets_batching")[-1]["rows"], markdown),
         "pets_memory": lambda: _pets_memory(results("pets_throughput")[-1]["rows"], markdown),
     }
 
@@ -129,3 +131,42 @@ def _pets_memory(rows: list[Row], markdown: Markdown) -> str:
         if row["part"] == "memory"
     ]
     return markdown(["MiB a task", "MiB a full model", "tasks in the memory of one model"], body)
+
+
+_BASELINE = "fixed, padded"
+
+
+def _batching(result: Row, where: Callable[[Mapping[str, Any]], str], markdown: Markdown) -> str:
+    """Queries/s of every strategy to those of fixed batches with padding, by pool, and which has most."""
+    pools = _of_pools(result["rows"])
+    systems = [name for name in next(iter(pools.values())) if name != _BASELINE]
+    body = [
+        [
+            *pool,
+            of[_BASELINE]["requests_per_s"],
+            *(f"{of[name]['to_fixed']:.2f}x" for name in systems),
+            max(of, key=lambda name: float(of[name]["requests_per_s"])),
+        ]
+        for pool, of in pools.items()
+    ]
+    return where(result) + markdown(["tasks", "std", f"{_BASELINE}, queries /s", *systems, "most"], body)
+
+
+def _batching_cuts(rows: list[Row], markdown: Markdown) -> str:
+    """Launches, tokens computed for each that was asked for, and milliseconds of cutting. Packed batches have the
+    launches of padded ones and no padding."""
+    pools = _of_pools(rows)
+    systems = [name for name in next(iter(pools.values())) if name.endswith("padded") or name.startswith("filled")]
+    body = [[*pool, *(_cut(of[name]) for name in systems)] for pool, of in pools.items()]
+    return markdown(["tasks", "std", *(name.split(",")[0] for name in systems)], body)
+
+
+def _cut(row: Row) -> str:
+    return f"{row['launches']} · {row['padding']:.2f} · {row['scheduling_ms']:.1f}"
+
+
+def _of_pools(rows: list[Row]) -> dict[tuple[object, ...], dict[str, Row]]:
+    pools: dict[tuple[object, ...], dict[str, Row]] = {}
+    for row in rows:
+        pools.setdefault((row["tasks"], row["std"]), {})[row["system"]] = row
+    return pools

@@ -31,7 +31,7 @@ from vbert.arena import ResidentTenant
 from vbert.formats import read_backbone
 from vbert.model import Model, SequenceInput
 
-__all__ = ["main"]
+__all__ = ["KINDS", "load_task", "main"]
 
 KINDS = (("sparse", 50), ("sparse", 10), ("affine", 0), ("bottleneck", 64))  # MaskBert, Diff pruning, BitFit, adapters
 QUERIES = ((1, 128), (2, 64), (4, 32))
@@ -56,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         backbone = read_backbone(write_backbone(args.shape, Path(folder) / "backbone", seed=0))
         model = Model.load(backbone, "float32")
         probes = Probes(backbone, model.dtype, Path(folder))
-        tasks = [_load(probes, *KINDS[i % len(KINDS)], name=str(i)) for i in range(max(args.tasks))]
-        whole = [_load(probes, "weights", 0, name=str(i)) for i in range(max(args.full_models, default=0))]
+        tasks = [load_task(probes, *KINDS[i % len(KINDS)], name=str(i)) for i in range(max(args.tasks))]
+        whole = [load_task(probes, "weights", 0, name=str(i)) for i in range(max(args.full_models, default=0))]
         rows = _memory(tasks, whole)
         for count, length in bar.track(QUERIES, description="queries"):
             with torch.inference_mode():
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     publish(result, args)
 
 
-def _load(probes: Probes, kind: str, size: int, name: str) -> ResidentTenant:
+def load_task(probes: Probes, kind: str, size: int, name: str) -> ResidentTenant:
     return probes.load(probes.write(size, name=name, kind=kind))
 
 
