@@ -31,6 +31,7 @@ from torch import Tensor
 
 from benchmarks.experiments.pets_throughput import KINDS, load_task
 from benchmarks.machine import Neighbours, commit, describe
+from benchmarks.plots import Panel, draw, plot_flag
 from benchmarks.report import output_flags, publish
 from benchmarks.timing import interleave
 from benchmarks.workload import ALL_SHAPES, write_backbone
@@ -44,7 +45,7 @@ from vbert.arena import ResidentTenant
 from vbert.formats.transformers_folder import Backbone, read_backbone
 from vbert.model import Model, SequenceInput
 
-__all__ = ["BASELINE", "EFFORT", "launches_of", "main", "pool_of"]
+__all__ = ["BASELINE", "EFFORT", "launches_of", "main", "panels", "pool_of"]
 
 MEAN, LONGEST, SEED = 32, 128, 1
 BASELINE = "fixed, padded"
@@ -72,6 +73,7 @@ Launch = list[tuple[int, int]]  # of each query its place in the pool, and how m
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="vbert bench pets_batching", description=__doc__)
     output_flags(parser)
+    plot_flag(parser)
     parser.add_argument("--shape", choices=tuple(ALL_SHAPES), default="minilm-l6")
     parser.add_argument("--tasks", type=int, nargs="+", default=[128, 64, 32])
     parser.add_argument("--std", type=float, nargs="+", default=[1, 2, 4, 8], help="of the lengths")
@@ -104,6 +106,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         "rows": rows,
     }
     publish(result, args)
+    if args.plot is not None:
+        draw(args.plot, panels(rows))
+
+
+def panels(rows: Rows) -> list[Panel]:
+    """Fig. 12: by spread of the lengths, one panel for each number of tasks."""
+    found = []
+    for tasks in dict.fromkeys(row["tasks"] for row in rows):
+        series: dict[str, dict[float, float]] = {}
+        for row in rows:
+            if row["tasks"] == tasks:
+                series.setdefault(row["system"], {})[row["std"]] = row["to_fixed"]
+        found.append(Panel(title=f"{tasks} tasks", x="std of the lengths", y=f"queries/s to {BASELINE}", series=series))
+    return found
 
 
 def _cost(backbone: Backbone, model: Model, folder: Path, threads: int) -> CostModel:

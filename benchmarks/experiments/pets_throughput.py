@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.machine import Neighbours, commit, describe
+from benchmarks.plots import Panel, draw, plot_flag
 from benchmarks.report import output_flags, publish
 from benchmarks.timing import interleave
 from benchmarks.workload import ALL_SHAPES, write_backbone
@@ -31,7 +32,7 @@ from vbert.arena import ResidentTenant
 from vbert.formats import read_backbone
 from vbert.model import Model, SequenceInput
 
-__all__ = ["KINDS", "load_task", "main"]
+__all__ = ["KINDS", "load_task", "main", "panels"]
 
 KINDS = (("sparse", 50), ("sparse", 10), ("affine", 0), ("bottleneck", 64))  # MaskBert, Diff pruning, BitFit, adapters
 QUERIES = ((1, 128), (2, 64), (4, 32))
@@ -44,6 +45,7 @@ Run = Callable[[], object]
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="vbert bench pets_throughput", description=__doc__)
     output_flags(parser)
+    plot_flag(parser)
     parser.add_argument("--shape", choices=tuple(ALL_SHAPES), default="minilm-l6")
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--full-models", type=int, nargs="*", default=list(FULL_MODELS), metavar="N")
@@ -70,6 +72,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         "rows": rows,
     }
     publish(result, args)
+    if args.plot is not None:
+        draw(args.plot, panels(rows))
+
+
+def panels(rows: Rows) -> list[Panel]:
+    """Fig. 7, 8 and 9: queries/s by tasks, next to full models, and what the tasks' own work takes of the time."""
+    speeds: dict[str, dict[str, dict[int, float]]] = {}
+    for row in rows:
+        if row["part"] == "tasks":
+            speeds.setdefault(row["queries"], {}).setdefault(row["system"], {})[row["tasks"]] = row["requests_per_s"]
+    ours = {queries: of["vbert"] for queries, of in speeds.items()}
+    own = {
+        queries: {n: 1 - speed / of["bare backbone"][n] for n, speed in of["vbert"].items()}
+        for queries, of in speeds.items()
+    }
+    found = [Panel(title="one forward for all tasks", x="tasks", y="queries/s", series=ours, bars=False)]
+    for queries, of in speeds.items():
+        beside = {name: {n: speed for n, speed in of[name].items() if n in FULL_MODELS} for name in of}
+        found.append(Panel(title=f"{queries} a task, and full models", x="tasks", y="queries/s", series=beside))
+    return [*found, Panel(title="tasks' own work", x="tasks", y="part of the time", series=own, bars=False)]
 
 
 def load_task(probes: Probes, kind: str, size: int, name: str) -> ResidentTenant:
