@@ -90,7 +90,7 @@ def _measure(shape: str, folder: Path, args: argparse.Namespace) -> list[dict[st
     original = write_backbone(shape, folder / "original", seed=0)
     tuned = [_fine_tuned(original, folder / f"tuned{i}", seed=i + 1) for i in range(2)]
     backbone = read_backbone(original)
-    model = Model.load(backbone, "float32")
+    model = Model.load(backbone, "float32", "cpu")
     arena = Arena(backbone.config, backbone.fingerprint, model.dtype, 8 * 2**30)
     files = [_native(tuned[i], backbone, folder) for i in range(2)]
     sides = [_load(arena, file) for file in files]

@@ -25,13 +25,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from benchmarks.experiments.pets_throughput import KINDS, load_task
 from benchmarks.machine import Neighbours, commit, describe
 from benchmarks.plots import Panel, draw, plot_flag
+from benchmarks.progress import track
 from benchmarks.report import output_flags, publish
 from benchmarks.timing import interleave
 from benchmarks.workload import ALL_SHAPES, write_backbone
@@ -41,6 +40,7 @@ from runtime.policies.pooled import ProfileCosts
 from runtime.policies.pools import POOL_POLICIES, MacroBatch, Query
 from runtime.probes import Probes
 from runtime.profiler import Effort, Profiler
+from runtime.uploads import all_moved_at_once
 from vbert.arena import ResidentTenant
 from vbert.formats.transformers_folder import Backbone, read_backbone
 from vbert.model import Model, SequenceInput
@@ -80,24 +80,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--queries", type=int, default=1024, help="of a pool")
     parser.add_argument("--max-batch-tokens", type=int, default=4096, help="of every batch but the fixed ones")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     neighbours = Neighbours()
     rows: Rows = []
-    with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True), transient=True) as bar:
+    with tempfile.TemporaryDirectory() as folder:
         backbone = read_backbone(write_backbone(args.shape, Path(folder) / "backbone", seed=0))
-        model = Model.load(backbone, "float32")
+        model = Model.load(backbone, "float32", args.device)
         cost = _cost(backbone, model, Path(folder), args.threads)
         rng = random.Random(SEED)
         kinds = [KINDS[rng.randint(0, len(KINDS) - 1)] for _ in range(max(args.tasks))]
         probes = Probes(backbone, model.dtype, Path(folder))
-        tasks = [load_task(probes, *kind, name=str(i)) for i, kind in enumerate(kinds)]
-        for count, std in bar.track(list(itertools.product(args.tasks, args.std)), description="pools"):
+        tasks = all_moved_at_once([load_task(probes, *kind, name=str(i)) for i, kind in enumerate(kinds)], model)
+        for count, std in track(list(itertools.product(args.tasks, args.std)), "pools"):
             pool = pool_of(kinds[:count], args.queries, std)
             cell = _measure(model, tasks, pool, ProfileCosts(cost, args.max_batch_tokens), args.rounds)
             rows += [{"tasks": count, "std": std} | row for row in cell]
-    names = ("shape", "queries", "max_batch_tokens", "rounds", "threads")
+    names = ("shape", "queries", "max_batch_tokens", "rounds", "device", "threads")
     result = {
         "benchmark": "pets_batching",
         "machine": describe() | neighbours.report(),
