@@ -6,8 +6,8 @@
 # with device, commit, versions and every step's outcome, and logs.tar.gz. Exit code 1 when a step failed.
 set -u
 cd "$(dirname "$0")/.." || exit 1
-quick=()
-[ "${1:-}" = "--quick" ] && quick=(--quick)
+quick=() pool=(--queries 1024) tasks=(--tasks 1 8 64)
+[ "${1:-}" = "--quick" ] && quick=(--quick) pool=(--queries 256) tasks=(--tasks 1 8)
 out=${OUT:-benchmarks/results/device}
 mkdir -p "$out" || exit 1
 work=$(mktemp -d) || exit 1
@@ -31,14 +31,16 @@ step() {
 # The checkout's own pytest settings name plug-ins that the machine may lack.
 pytest=("$python" -m pytest -c /dev/null --rootdir=. --confcutdir=. --import-mode=importlib -q -rs -p no:cacheprovider)
 
-step operators 120 "${pytest[@]}" tests/cuda/test_operators.py --junitxml="$work/operators.xml"
+step operators 110 "${pytest[@]}" tests/cuda/test_operators.py --junitxml="$work/operators.xml"
 step model 90 "${pytest[@]}" tests/cuda/test_streams.py tests/cuda/test_model.py tests/cuda/test_engine.py --junitxml="$work/model.xml"
-step device 110 "$python" -m benchmarks.device "${quick[@]}"
+step device 100 "$python" -m benchmarks.device "${quick[@]}"
 step overlap 60 "$python" -m benchmarks.overlap --json --kinds adapter --budgets 0.01 --rounds 3
+step pets_throughput 29 "$python" -m benchmarks.experiments.pets_throughput --json --device cuda --full-models "${tasks[@]}"
+step pets_batching 30 "$python" -m benchmarks.experiments.pets_batching --json --device cuda --tasks 32 --std 1 8 "${pool[@]}"
 # Further benchmarks go here, one step each: what they print as JSON becomes a row of suite.json.
 if command -v compute-sanitizer >/dev/null; then
     # Every tensor in an allocation of its own, so that an access behind its end is seen.
-    step sanitizer 70 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 \
+    step sanitizer 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 \
         "${pytest[@]}" tests/cuda/test_operators.py::test_operator -k "zipf or empty_segment"
 else
     echo '{"step": "sanitizer", "skipped": "compute-sanitizer is not on PATH"}' >>"$steps"

@@ -14,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks import density_report, simulation_report, skip_report
+from benchmarks import density_report, experiments_report, simulation_report, skip_report
 from vbert.errors import ConfigError
 
 __all__ = ["DOCUMENTS", "RESULTS", "TABLES", "NotMeasured", "fill", "latest", "output_flags", "publish", "results"]
@@ -288,13 +288,14 @@ TABLES: dict[str, Callable[[], str]] = {
     **density_report.tables(results, _where, markdown),
     **skip_report.tables(results, _where, markdown),
     **simulation_report.tables(results, _where, markdown),
+    **experiments_report.tables(results, _where, markdown),
 }
 
 
 # ---- output of one run -------------------------------------------------------------------------------------------
 
-_PARAMETERS = ("shape", "dtype", "lengths", "tenants", "concurrency", "budget", "lanes", "neighbour")
-_MEASURED = ("requests_per_s", "to_quiet", "p50_ms", "p99_ms", "spread")
+_PARAMETERS = ("shape", "dtype", "lengths", "tenants", "tasks", "std", "concurrency", "budget", "lanes", "neighbour")
+_MEASURED = ("requests_per_s", "to_quiet", "to_fixed", "launches", "padding", "p50_ms", "p99_ms", "spread")
 
 
 def output_flags(parser: argparse.ArgumentParser) -> None:

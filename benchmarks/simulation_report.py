@@ -1,5 +1,4 @@
-"""The tables of the simulator in docs/benchmarks.md (how fast, how right, which policy wins under overload), and those
-of FastPTM's and PetS's experiments."""
+"""The tables of the simulator in docs/benchmarks.md: how fast, how right, which policy wins under overload."""
 
 from __future__ import annotations
 
@@ -37,11 +36,6 @@ def tables(
         "simulation_replay": newest("replay", _replay),
         "simulation_overload": newest("overload", _overload),
         "simulation_others": newest("overload", _others),
-        "fastptm_traces": lambda: _traces(results("fastptm_traces")[-1]["rows"], markdown),
-        "fastptm_best": lambda: _best(results("fastptm_traces")[-1]["rows"], markdown),
-        "pets_throughput": lambda: _pets(results("pets_throughput")[-1], where, markdown),
-        "pets_memory": lambda: _pets_memory(results("pets_throughput")[-1]["rows"], markdown),
-        "fastptm_switch": lambda: _switch(results("fastptm_switch")[-1], where, markdown),
     }
 
 
@@ -86,113 +80,6 @@ def _others(rows: list[Row], markdown: Markdown) -> str:
                 ratio = numbers[_DEFAULT] / numbers[best] if numbers[best] else float("inf")
                 body.append([*case, name.removesuffix("_ms"), numbers[_DEFAULT], best, numbers[best], f"{ratio:.2f}x"])
     return markdown(["load", "arrivals", "tenants", "metric", _DEFAULT, "the best", "has", "ratio"], body)
-
-
-# ---- FastPTM -------------------------------------------------------------------------------------------------------
-
-_METRICS = ("total_s", "overtimes", "late", "switches", "mean_s", "p99_s")
-_PUBLISHED = ("round-robin", "omls")
-_OURS = ("omls-guard", "kind-batches")
-
-
-def _traces(rows: list[Row], markdown: Markdown) -> str:
-    """Total seconds, overtimes and switches, of the traces for which the authors' logs are there."""
-    systems = ("omls, logged", "omls", "round-robin, logged", "round-robin", *_OURS)
-    body = [
-        [trace, instances, *(_three(of.get(system)) for system in systems)]
-        for (_, trace, instances), of in _of_traces(rows).items()
-        if "omls, logged" in of
-    ]
-    return markdown(["trace", "instances", *systems], body)
-
-
-def _three(row: Row | None) -> str:
-    return "-" if row is None else f"{row['total_s']:.1f} · {row['overtimes']} · {row['switches']}"
-
-
-def _best(rows: list[Row], markdown: Markdown) -> str:
-    """Over all traces, by metric: how often which of ours is best, and how it stands to the best published one."""
-    every = list(_of_traces(rows).values())
-    body: list[list[object]] = []
-    for name in _METRICS:
-        best = [_better(of, name) for of in every]
-        worse = sum(
-            of[mine][name] > 1.03 * min(of[p][name] for p in _PUBLISHED) for of, mine in zip(every, best, strict=True)
-        )
-        full = [
-            of["round-robin, full loading"][name] / max(of[mine][name], 1) for of, mine in zip(every, best, strict=True)
-        ]
-        counts = [best.count(policy) for policy in _OURS]
-        body.append(
-            [
-                name.removesuffix("_s"),
-                len(every),
-                *counts,
-                worse,
-                f"{sorted(full)[len(full) // 2]:.1f}x",
-                f"{max(full):.1f}x",
-            ]
-        )
-    header = ["metric", "cases", *(f"best: {policy}" for policy in _OURS), "worse than published by over 3 %"]
-    return markdown([*header, "full loading in turn to ours, median", "most"], body)
-
-
-def _better(of: Mapping[str, Row], metric: str) -> str:
-    """Which of ours."""
-    numbers = {policy: of[policy][metric] for policy in _OURS}
-    return min(numbers, key=numbers.__getitem__)
-
-
-def _of_traces(rows: list[Row]) -> dict[tuple[object, ...], dict[str, Row]]:
-    cases: dict[tuple[object, ...], dict[str, Row]] = {}
-    for row in rows:
-        cases.setdefault((row["set"], row["trace"], row["instances"]), {})[row["system"]] = row
-    return cases
-
-
-def _switch(result: Row, where: Callable[[Mapping[str, Any]], str], markdown: Markdown) -> str:
-    header = ["shape", "what", "MiB", "median ms", "p25", "p75", "full, fair, to this"]
-    body = [
-        [
-            row["shape"],
-            row["system"],
-            round(row["bytes"] / 2**20),
-            row["p50_ms"],
-            row["p25_ms"],
-            row["p75_ms"],
-            f"{row['fair_to_this']}x",
-        ]
-        for row in result["rows"]
-    ]
-    return where(result) + markdown(header, body)
-
-
-# ---- PetS ----------------------------------------------------------------------------------------------------------
-
-
-def _pets(result: Row, where: Callable[[Mapping[str, Any]], str], markdown: Markdown) -> str:
-    """Queries/s by tasks, next to one task, and what the tasks' own work takes of the time."""
-    cells: dict[tuple[str, int], dict[str, Row]] = {}
-    for row in result["rows"]:
-        if row["part"] == "tasks":
-            cells.setdefault((row["queries"], row["tasks"]), {})[row["system"]] = row
-    body: list[list[object]] = []
-    for (queries, tasks), of in cells.items():
-        ours, speeds = of["vbert"], {name: row["requests_per_s"] for name, row in of.items()}
-        own = 1 - speeds["vbert"] / speeds["bare backbone"] if "bare backbone" in of else 0.0
-        others = [speeds.get(name, "-") for name in ("full models in turn", "full models, parallel")]
-        body.append([queries, tasks, speeds["vbert"], f"{ours['to_one_task']:.2f}x", f"{own:.0%}", *others])
-    header = ["queries a task", "tasks", "queries /s", "to one task", "tasks' own work", "full models in turn /s"]
-    return where(result) + markdown([*header, "parallel /s"], body)
-
-
-def _pets_memory(rows: list[Row], markdown: Markdown) -> str:
-    body = [
-        [round(row["task_bytes"] / 2**20, 2), round(row["model_bytes"] / 2**20, 1), f"{row['models_to_tasks']}x"]
-        for row in rows
-        if row["part"] == "memory"
-    ]
-    return markdown(["MiB a task", "MiB a full model", "tasks in the memory of one model"], body)
 
 
 def _case(row: Row) -> tuple[object, ...]:

@@ -21,12 +21,11 @@ from runtime.clock import Clock
 from runtime.cost import TYPICAL_LENGTH, Conditions, CostModel, Curve, Point
 from runtime.machine import cpu_model, wait_policy
 from runtime.probes import Probes
-from runtime.uploads import moved_at_once
-from vbert.arena import Arena, ResidentTenant
+from runtime.uploads import all_moved_at_once
+from vbert.arena import ResidentTenant
 from vbert.encoder import Encoder
 from vbert.formats.transformers_folder import Backbone
 from vbert.local_layers import LocalLayers
-from vbert.memory import Slabs
 from vbert.model import Model, SequenceInput
 from vbert.ngram.index import Keys, ngram_keys
 from vbert.skip import own_paths
@@ -177,7 +176,7 @@ class Profiler:
         """Sequences of so many tenants in turn, at least one of each."""
         probes = Probes(self.backbone, self.model.dtype, scratch)
         paths = [probes.write(size, name=str(i), kind=kind) for i in range(num_tenants)]
-        tenants = self._on_device([probes.load(path) for path in paths])
+        tenants = all_moved_at_once([probes.load(path) for path in paths], self.model)
         length = min(TYPICAL_LENGTH, self.backbone.config.max_length)
         counts = sorted({max(num_tenants, tokens // length) for tokens in self.effort.tokens})
         runs = {}
@@ -226,20 +225,12 @@ class Profiler:
         """Three short texts a module, every module another one."""
         probes = Probes(self.backbone, self.model.dtype, scratch)
         paths = [probes.write(_SELF_TEST_RANK, name=str(i)) for i in range(max(self.effort.modules))]
-        tenants = self._on_device([probes.load(path) for path in paths])
+        tenants = all_moved_at_once([probes.load(path) for path in paths], self.model)
         runs = {}
         for modules in self.effort.modules:
             sequences = [s for t in tenants[:modules] for s in self._sequences(_SELF_TESTS, _SELF_TEST_TOKENS, t)]
             runs[modules] = partial(self._forward, sequences)
         return self._curve(runs, self.thread_counts)
-
-    def _on_device(self, tenants: list[ResidentTenant]) -> list[ResidentTenant]:
-        if self.model.device.type == "cpu":
-            return tenants
-        room = 2 * sum(tenant.num_bytes for tenant in tenants) + _UPLOAD_BYTES[-1]
-        memory = Slabs(torch.empty(room, dtype=torch.uint8, device=self.model.device))
-        arena = Arena(self.backbone.config, self.backbone.fingerprint, self.model.dtype, room, memory=memory)
-        return [moved_at_once(tenant, arena) for tenant in tenants]
 
     def _uploads(self) -> Curve:
         """Pinned host memory to the device."""

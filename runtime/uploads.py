@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter, itemgetter
 
+import torch
 from torch import Tensor
 
 from runtime.streams import Device, Event, Stream
 from runtime.trace import Trace
 from vbert.arena import Arena, Reservation, ResidentTenant
+from vbert.memory import Slabs
+from vbert.model import Model
 
-__all__ = ["Arrival", "Piece", "Uploads", "module_pieces", "moved_at_once"]
+__all__ = ["Arrival", "Piece", "Uploads", "all_moved_at_once", "module_pieces", "moved_at_once"]
+
+_SPARE_BYTES = 1 << 26  # of an arena, for slots that do not fill their slabs
 
 Piece = tuple[int, Tensor, Tensor]  # layer (-1: embeddings, L: heads), destination, source of the same shape and dtype
 
@@ -42,6 +47,16 @@ def moved_at_once(source: ResidentTenant, arena: Arena) -> ResidentTenant:
     for _, into, out_of in module_pieces(source, reservation):
         into.copy_(out_of)
     return source.moved(reservation, arena.device)
+
+
+def all_moved_at_once(sources: Sequence[ResidentTenant], model: Model) -> list[ResidentTenant]:
+    """The tenants in an arena of their own where the model computes; on a CPU as they are."""
+    if model.device.type == "cpu":
+        return list(sources)
+    room = 2 * sum(source.num_bytes for source in sources) + _SPARE_BYTES
+    memory = Slabs(torch.empty(room, dtype=torch.uint8, device=model.device))
+    arena = Arena(model.config, model.fingerprint, model.dtype, room, memory=memory)
+    return [moved_at_once(source, arena) for source in sources]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -32,6 +32,7 @@ from transformers import AutoModelForSequenceClassification
 from transformers import logging as transformers_logging
 
 from benchmarks.machine import Neighbours, commit, describe
+from benchmarks.plots import Panel, draw, plot_flag
 from benchmarks.report import output_flags, publish
 from benchmarks.workload import ALL_SHAPES, write_backbone
 from runtime.blobs import digest_of
@@ -43,7 +44,7 @@ from vbert.formats import read_backbone, read_tenant
 from vbert.header import read_header
 from vbert.model import Model, SequenceInput
 
-__all__ = ["main"]
+__all__ = ["main", "panels"]
 
 _IDS = [101, 2023, 2003, 1037, 3231, 102]
 
@@ -51,6 +52,7 @@ _IDS = [101, 2023, 2003, 1037, 3231, 102]
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="vbert bench fastptm_switch", description=__doc__)
     output_flags(parser)
+    plot_flag(parser)
     parser.add_argument("--shapes", nargs="+", choices=tuple(ALL_SHAPES), default=["minilm-l6", "12x768"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
@@ -72,13 +74,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         "rows": rows,
     }
     publish(result, args)
+    if args.plot is not None:
+        draw(args.plot, panels(rows))
+
+
+def panels(rows: Sequence[dict[str, Any]]) -> list[Panel]:
+    """Fig. 4."""
+    series: dict[str, dict[str, float]] = {}
+    for row in rows:
+        series.setdefault(row["shape"], {})[row["system"].replace(", ", ",\n")] = row["p50_ms"]
+    return [Panel(title="a change to another full model", x="", y="ms", series=series, scale="log")]
 
 
 def _measure(shape: str, folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     original = write_backbone(shape, folder / "original", seed=0)
     tuned = [_fine_tuned(original, folder / f"tuned{i}", seed=i + 1) for i in range(2)]
     backbone = read_backbone(original)
-    model = Model.load(backbone, "float32")
+    model = Model.load(backbone, "float32", "cpu")
     arena = Arena(backbone.config, backbone.fingerprint, model.dtype, 8 * 2**30)
     files = [_native(tuned[i], backbone, folder) for i in range(2)]
     sides = [_load(arena, file) for file in files]

@@ -12,16 +12,18 @@ import argparse
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks.machine import Neighbours, commit, describe
+from benchmarks.plots import Panel, draw, plot_flag
 from benchmarks.report import output_flags, publish
 from runtime.arrivals import gaps_log
 from runtime.policies.instance_simulator import Done, simulate_instances
 from runtime.policies.instances import INSTANCE_POLICIES, Job, instance_policy
 from vbert.errors import ConfigError
 
-__all__ = ["main"]
+__all__ = ["main", "panels"]
 
 DEADLINE_S, ITEMS, ITEM_S, LOAD_S, FULL_LOAD_S = 3.0, 16, 0.1 / 16, 0.15, 1.7
 _NAME = re.compile(r"(?P<set>g\d)_.*_T(?P<requests>\d+)_L(?P<kinds>\d+)_M(?P<gap>[\d.]+)\.json$")
@@ -52,6 +54,7 @@ LOGGED: Mapping[tuple[str, int], tuple[tuple[float, int, int], tuple[float, int,
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="vbert bench fastptm_traces", description=__doc__)
     output_flags(parser)
+    plot_flag(parser)
     parser.add_argument("--traces", type=Path, required=True, help="folder of the published JSON files", metavar="DIR")
     parser.add_argument("--instances", type=int, nargs="+", default=[1, 2, 3])
     args = parser.parse_args(argv)
@@ -68,6 +71,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         "rows": rows,
     }
     publish(result, args)
+    if args.plot is not None:
+        draw(args.plot, panels(rows))
+
+
+def panels(rows: Sequence[dict[str, Any]]) -> list[Panel]:
+    """Fig. 5 to 7: the means over all traces, of systems that ran them all."""
+    systems = [name for name in dict.fromkeys(row["system"] for row in rows) if not name.endswith("logged")]
+    counts = sorted({row["instances"] for row in rows})
+    found = []
+    for metric, scale in (("total_s", "log"), ("overtimes", "linear"), ("switches", "linear")):
+        series = {
+            name: {
+                count: fmean(row[metric] for row in rows if (row["system"], row["instances"]) == (name, count))
+                for count in counts
+            }
+            for name in systems
+        }
+        title = f"{metric.removesuffix('_s')}, mean of all traces"
+        found.append(Panel(title=title, x="instances", y=metric.replace("_", ", "), series=series, scale=scale))
+    return found
 
 
 def _trace(path: Path, match: re.Match[str], instances: Sequence[int]) -> Iterator[dict[str, Any]]:

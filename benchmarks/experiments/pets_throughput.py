@@ -19,19 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from benchmarks.machine import Neighbours, commit, describe
+from benchmarks.plots import Panel, draw, plot_flag
+from benchmarks.progress import track
 from benchmarks.report import output_flags, publish
 from benchmarks.timing import interleave
 from benchmarks.workload import ALL_SHAPES, write_backbone
 from runtime.probes import Probes
+from runtime.uploads import all_moved_at_once
 from vbert.arena import ResidentTenant
 from vbert.formats import read_backbone
 from vbert.model import Model, SequenceInput
 
-__all__ = ["main"]
+__all__ = ["KINDS", "load_task", "main", "panels"]
 
 KINDS = (("sparse", 50), ("sparse", 10), ("affine", 0), ("bottleneck", 64))  # MaskBert, Diff pruning, BitFit, adapters
 QUERIES = ((1, 128), (2, 64), (4, 32))
@@ -44,35 +45,58 @@ Run = Callable[[], object]
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="vbert bench pets_throughput", description=__doc__)
     output_flags(parser)
+    plot_flag(parser)
     parser.add_argument("--shape", choices=tuple(ALL_SHAPES), default="minilm-l6")
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--full-models", type=int, nargs="*", default=list(FULL_MODELS), metavar="N")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     neighbours = Neighbours()
-    with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True), transient=True) as bar:
+    with tempfile.TemporaryDirectory() as folder:
         backbone = read_backbone(write_backbone(args.shape, Path(folder) / "backbone", seed=0))
-        model = Model.load(backbone, "float32")
+        model = Model.load(backbone, "float32", args.device)
         probes = Probes(backbone, model.dtype, Path(folder))
-        tasks = [_load(probes, *KINDS[i % len(KINDS)], name=str(i)) for i in range(max(args.tasks))]
-        whole = [_load(probes, "weights", 0, name=str(i)) for i in range(max(args.full_models, default=0))]
+        loaded = [load_task(probes, *KINDS[i % len(KINDS)], name=str(i)) for i in range(max(args.tasks))]
+        models = [load_task(probes, "weights", 0, name=str(i)) for i in range(max(args.full_models, default=0))]
+        tasks, whole = all_moved_at_once(loaded, model), all_moved_at_once(models, model)
         rows = _memory(tasks, whole)
-        for count, length in bar.track(QUERIES, description="queries"):
+        for count, length in track(QUERIES, "queries"):
             with torch.inference_mode():
                 rows += _throughput(model, tasks, whole, count, length, args)
     result = {
         "benchmark": "pets_throughput",
         "machine": describe() | neighbours.report(),
         "commit": commit(),
-        "config": {name: getattr(args, name) for name in ("shape", "rounds", "threads")},
+        "config": {name: getattr(args, name) for name in ("shape", "rounds", "device", "threads")},
         "rows": rows,
     }
     publish(result, args)
+    if args.plot is not None:
+        draw(args.plot, panels(rows))
 
 
-def _load(probes: Probes, kind: str, size: int, name: str) -> ResidentTenant:
+def panels(rows: Rows) -> list[Panel]:
+    """Fig. 7, 8 and 9: queries/s by tasks, next to full models, and what the tasks' own work takes of the time."""
+    speeds: dict[str, dict[str, dict[int, float]]] = {}
+    for row in rows:
+        if row["part"] == "tasks":
+            speeds.setdefault(row["queries"], {}).setdefault(row["system"], {})[row["tasks"]] = row["requests_per_s"]
+    ours = {queries: of["vbert"] for queries, of in speeds.items()}
+    own = {
+        queries: {n: 1 - speed / of["bare backbone"][n] for n, speed in of["vbert"].items()}
+        for queries, of in speeds.items()
+    }
+    found = [Panel(title="one forward for all tasks", x="tasks", y="queries/s", series=ours, bars=False)]
+    for queries, of in speeds.items():
+        beside = {name: {n: speed for n, speed in of[name].items() if n in FULL_MODELS} for name in of}
+        found.append(Panel(title=f"{queries} a task, and full models", x="tasks", y="queries/s", series=beside))
+    return [*found, Panel(title="tasks' own work", x="tasks", y="part of the time", series=own, bars=False)]
+
+
+def load_task(probes: Probes, kind: str, size: int, name: str) -> ResidentTenant:
     return probes.load(probes.write(size, name=name, kind=kind))
 
 
@@ -106,7 +130,8 @@ def _throughput(
     with ThreadPoolExecutor(args.threads, initializer=torch.set_num_threads, initargs=(1,)) as threads:
         for n in args.full_models:
             systems["full models in turn", n] = partial(_in_turn, forward, whole[:n])
-            systems["full models, parallel", n] = partial(_parallel, threads, forward, whole[:n])
+            if model.device.type == "cpu":  # on a GPU all threads launch to one stream
+                systems["full models, parallel", n] = partial(_parallel, threads, forward, whole[:n])
         timings = interleave({f"{name} x{n}": run for (name, n), run in systems.items()}, rounds=args.rounds, warmup=1)
     found = {key: timings[f"{key[0]} x{key[1]}"].row(key[1] * count) for key in systems}
     one = found["vbert", min(args.tasks)]["requests_per_s"]

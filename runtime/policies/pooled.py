@@ -109,7 +109,8 @@ def _first(batch: MacroBatch) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ProfileCosts:
-    """What a profile says, in seconds. Kinds that it does not know cost nothing more."""
+    """What a profile says, in seconds. A kind is KIND, or KIND/SIZE with the size of `CostModel.module_s`; one that the
+    profile does not know costs nothing more."""
 
     cost: CostModel
     max_tokens: int
@@ -125,9 +126,11 @@ class ProfileCosts:
 
     def beta(self, kind: str, length: int) -> Curve:
         if (kind, length) not in self._betas:
+            name, _, size = kind.partition("/")
+            sizes = {"size": int(size)} if size else {}
             counts = range(1, self._most(length) + 1)
-            is_known = kind in self.cost.module_kinds
-            seconds = (self.cost.module_s(kind, n * length) if is_known else 0.0 for n in counts)
+            is_known = name in self.cost.module_kinds
+            seconds = (self.cost.module_s(name, n * length, **sizes) if is_known else 0.0 for n in counts)
             self._betas[kind, length] = np.array([0.0, *seconds])
         return self._betas[kind, length]
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from runtime.cost import CostModel
+from runtime.cost import CostModel, Curve, Point
 from runtime.policies.named import DEFAULT, POLICIES, POOLED, batch_policy
 from runtime.policies.orders import EarliestDeadline, FairShares, ResponseRatio, ShortestFirst
 from runtime.policies.pooled import Pooled, ProfileCosts
@@ -173,6 +173,18 @@ def test_a_pool_costs_what_the_profile_says():
     assert costs.beta("low_rank", 20).tolist() == [0] * 6
     with pytest.raises(ConfigError, match="the policy 'pool-joint' needs a profile"):
         batch_policy("pool-joint")
+
+
+def test_a_pool_knows_modules_of_one_kind_apart_by_their_size():
+    """1 ms a token bare; differences of 1 % take 2 ms a token, masks of 5 % take 6."""
+
+    def curve(ms: float) -> Curve:
+        return Curve([Point(size=1000, seconds=ms, spread=0, repeats=1, threads=1)])
+
+    curves = {"forward/32": curve(1), "with/sparse/10/1": curve(2), "with/sparse/50/1": curve(6)}
+    costs = ProfileCosts(CostModel(COST.conditions, curves), 2000)
+    assert costs.beta("sparse/10", 1000)[1:].tolist() == [1, 2]
+    assert costs.beta("sparse/50", 1000)[1:].tolist() == [5, 10]
 
 
 def test_an_unknown_policy_is_refused_with_those_there_are():
