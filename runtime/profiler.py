@@ -200,7 +200,7 @@ class Profiler:
         """What a batch of another tenant with weights of its own needs before it: views of its slot. The weights are
         where they compute."""
         probes = Probes(self.backbone, self.model.dtype, scratch)
-        (tenant,) = self._on_device([probes.load(probes.write(0, kind="weights"))])
+        (tenant,) = all_moved_at_once([probes.load(probes.write(0, kind="weights"))], self.model)
         return self._curve({tenant.num_bytes: partial(Encoder.of_tenant, self.backbone.config, tenant)}, (1,))
 
     def _gathers(self) -> Curve:

@@ -60,6 +60,7 @@ EFFORT = Effort(  # what the strategies ask for, and the least of all else
     modules=(1,),
     kinds=KINDS,
     tenants=(1,),
+    weights=False,
     min_repeats=2,
     max_repeats=9,
     point_s=0.1,
