@@ -44,7 +44,7 @@ from vbert.formats import read_backbone, read_tenant
 from vbert.header import read_header
 from vbert.model import Model, SequenceInput
 
-__all__ = ["main", "panels"]
+__all__ = ["fine_tuned", "main", "panels"]
 
 _IDS = [101, 2023, 2003, 1037, 3231, 102]
 
@@ -88,7 +88,7 @@ def panels(rows: Sequence[dict[str, Any]]) -> list[Panel]:
 
 def _measure(shape: str, folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     original = write_backbone(shape, folder / "original", seed=0)
-    tuned = [_fine_tuned(original, folder / f"tuned{i}", seed=i + 1) for i in range(2)]
+    tuned = [fine_tuned(original, folder / f"tuned{i}", seed=i + 1) for i in range(2)]
     backbone = read_backbone(original)
     model = Model.load(backbone, "float32", "cpu")
     arena = Arena(backbone.config, backbone.fingerprint, model.dtype, 8 * 2**30)
@@ -145,7 +145,7 @@ def _measure(shape: str, folder: Path, args: argparse.Namespace) -> list[dict[st
     ]
 
 
-def _fine_tuned(original: Path, folder: Path, seed: int) -> Path:
+def fine_tuned(original: Path, folder: Path, seed: int) -> Path:
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(original, num_labels=2)
     with torch.no_grad():
