@@ -23,6 +23,7 @@ __all__ = ["EXPERIMENTS", "Panel", "draw", "main", "plot_flag"]
 
 EXPERIMENTS = sorted(path.stem for path in (Path(__file__).parent / "experiments").glob("[!_]*.py"))
 _SUFFIXES = (".png", ".svg", ".pdf")
+_COLOURS = 10  # that matplotlib has before it begins again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +79,12 @@ def _file(text: str) -> Path:
 
 
 def _draw(axes: Axes, panel: Panel) -> None:
+    from matplotlib import colormaps
+
     places = list(dict.fromkeys(x for values in panel.series.values() for x in values))
     width = 0.8 / len(panel.series)
+    if len(panel.series) > _COLOURS:
+        axes.set_prop_cycle(color=colormaps["tab20"](range(20)))  # of each colour two, side by side
     for k, (name, values) in enumerate(panel.series.items()):
         at = [places.index(x) for x in values]
         if panel.bars:

@@ -294,7 +294,8 @@ TABLES: dict[str, Callable[[], str]] = {
 
 # ---- output of one run -------------------------------------------------------------------------------------------
 
-_PARAMETERS = ("shape", "dtype", "lengths", "tenants", "tasks", "std", "concurrency", "budget", "lanes", "neighbour")
+_LOAD = ("lengths", "tenants", "queries", "tasks", "std", "concurrency")
+_PARAMETERS = ("shape", "dtype", *_LOAD, "budget", "lanes", "neighbour")
 _MEASURED = ("requests_per_s", "to_quiet", "to_fixed", "launches", "padding", "p50_ms", "p99_ms", "spread")
 
 
@@ -325,14 +326,15 @@ def _print_table(result: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    names = ["system", *(name for name in (*_PARAMETERS, *_MEASURED) if name in result["rows"][0])]
+    known = {name for row in result["rows"] for name in row}
+    names = ["system", *(name for name in (*_PARAMETERS, *_MEASURED) if name in known)]
     columns = [name.replace("_", " ").replace(" per s", "/s") for name in names]
     table = Table(*columns, title=result["benchmark"], box=SIMPLE_HEAD)
     for row in result["rows"]:
         what = row.get("system") or row.get("policy") or row.get("part")
         table.add_row(str(what), *(str(row.get(name, "-")) for name in names[1:]))
     console = Console()
-    console.width = max(console.width, 100)  # a wrapped number cannot be read
+    console.width = max(console.width, 120)  # a wrapped number cannot be read
     console.print(table)
     if result["machine"]["noisy"]:
         console.print(f"noisy: other processes used {result['machine']['other_cores']} cores meanwhile", style="yellow")
