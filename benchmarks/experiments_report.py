@@ -19,6 +19,7 @@ def tables(
         "fastptm_traces": lambda: _traces(results("fastptm_traces")[-1]["rows"], markdown),
         "fastptm_best": lambda: _best(results("fastptm_traces")[-1]["rows"], markdown),
         "fastptm_switch": lambda: _switch(results("fastptm_switch")[-1], where, markdown),
+        "fastptm_instances": lambda: _instances(results("fastptm_instances"), where, markdown),
         "pets_throughput": lambda: _pets(results("pets_throughput")[-1], where, markdown),
         "pets_batching": lambda: _batching(results("pets_batching")[-1], where, markdown),
         "pets_batching_cuts": lambda: _batching_cuts(results("pets_batching")[-1]["rows"], markdown),
@@ -103,6 +104,21 @@ def _switch(result: Row, where: Callable[[Mapping[str, Any]], str], markdown: Ma
         for row in result["rows"]
     ]
     return where(result) + markdown(header, body)
+
+
+def _instances(found: Sequence[Row], where: Callable[[Mapping[str, Any]], str], markdown: Markdown) -> str:
+    """The newest result of each shape."""
+    header = ["trace", "instances", "what", "total s", "waited over 3 s", "answered after 3 s", "loads", "ms a load"]
+    names = ("trace", "instances", "system", "total_s", "overtimes", "late", "switches", "switch_ms", "mean_s", "p99_s")
+    parts = []
+    for result in {each["config"]["shape"]: each for each in found}.values():
+        config = result["config"]
+        title = (
+            f"{config['shape']}, {config['kinds']} models, {config['requests']} requests of {config['items']} inputs"
+        )
+        body = [["-" if row[name] is None else row[name] for name in names] for row in result["rows"]]
+        parts.append(f"{title}. {where(result)}{markdown([*header, 'mean s', 'p99 s'], body)}")
+    return "\n\n".join(parts)
 
 
 # ---- PetS ----------------------------------------------------------------------------------------------------------

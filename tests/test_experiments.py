@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import experiments_report, plots
-from benchmarks.experiments import pets_batching
+from benchmarks.experiments import fastptm_instances, pets_batching
 from benchmarks.experiments.pets_throughput import KINDS
 from benchmarks.report import RESULTS, markdown
 from runtime.cost import CostModel
@@ -51,6 +51,23 @@ def test_a_pool_is_measured_by_all_ways_and_drawn(monkeypatch, capsys, tmp_path)
     assert len(table) == len(cuts) == 4
     assert table[0].count("|") == 2 + 1 + 10 + 1 + 1  # pool, baseline, ratios, the most; and the last line
     assert cuts[0] == "| tasks | std | fixed | alpha-only | beta-only | coordinated | joint | filled |"
+
+
+@pytest.mark.slow
+def test_instances_answer_every_request_and_are_drawn(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(fastptm_instances, "write_backbone", lambda shape, folder, seed: tiny_backbone("bert", folder))
+    flags = "--json --kinds 3 --requests 6 --items 2 --tokens 8 --traces cyclic 0.01 --instances 2 --threads 1"
+    fastptm_instances.main([*flags.split(), "--plot", str(tmp_path / "figure.png")])
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads(capsys.readouterr().out)
+    systems = [*fastptm_instances.BASELINES, *(f"vbert, {name}" for name in fastptm_instances.POLICIES)]
+    assert [row["system"] for row in result["rows"]] == 2 * systems
+    loads = {(row["trace"], row["system"]): row["switches"] for row in result["rows"]}
+    assert loads["cyclic", "full loading"] == 6
+    assert loads["cyclic", "weight swap"] == 6  # two queues: 0, 2, 1 and 1, 0, 2
+    assert max(row["overtimes"] for row in result["rows"]) == 0
+    table = experiments_report.tables(lambda name: [result], lambda _: "", markdown)["fastptm_instances"]()
+    assert len(table.splitlines()) == 2 + 2 * len(systems)
 
 
 @pytest.mark.slow
