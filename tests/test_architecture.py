@@ -47,7 +47,19 @@ PROJECT = {
 LAZY = {"cupy", "matplotlib", "numba.cuda", "peft", "adapters", "transformers"}
 # Inside vbert a module imports only from its own rank or a lower one, and never in a circle.
 VBERT_RANKS = (
-    {"errors", "config", "tenant", "activations", "batch", "layout", "memory", "workspace", "feed", "skip"},
+    {
+        "errors",
+        "config",
+        "tenant",
+        "activations",
+        "batch",
+        "layout",
+        "memory",
+        "workspace",
+        "feed",
+        "skip",
+        "side_streams",
+    },
     {"kernels", "header"},
     {"checkpoint", "slot_file"},
     {"arena", "attention", "rows", "heads", "tokenizer", "formats", "reference", "selftest", "ngram"},
