@@ -59,6 +59,7 @@ VBERT_RANKS = (
         "feed",
         "skip",
         "side_streams",
+        "stream_counts",
     },
     {"kernels", "header"},
     {"checkpoint", "slot_file"},
@@ -197,7 +198,10 @@ def test_no_import_circles():
 
 
 def test_policies_know_neither_asyncio_nor_torch():
-    pure = [ROOT / f"runtime/{name}.py" for name in ("scheduler", "residency", "cost", "shares", "waiting")]
+    pure = [
+        ROOT / f"runtime/{name}.py"
+        for name in ("scheduler", "residency", "cost", "shares", "waiting", "threads", "operator_streams")
+    ]
     for policy in [*pure, *(ROOT / "runtime/policies").glob("*.py")]:
         for path in closure(policy):
             packages = {item.package for item in imports(path)}

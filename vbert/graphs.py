@@ -202,7 +202,8 @@ def capture_on_cuda(function: Callable[[], Tensor]) -> tuple[Callable[[], None],
 
 def _replay_ms(captured: tuple[Callable[[], None], Tensor]) -> float:
     """GPU time of a replay, the median of a few."""
-    replay, times = captured[0], []
+    replay = captured[0]
+    times: list[float] = []
     replay()
     for _ in range(_REPLAYS_TIMED):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]

@@ -22,7 +22,8 @@ from vbert.kernels.cuda import check_available, cupy_is_installed
 from vbert.local_layers import LocalLayers
 from vbert.packing import PackedBatch, SequenceInput, Ways, own_ways, pack_joined
 from vbert.rows import RowSource
-from vbert.side_streams import SideStreams, stream_counts
+from vbert.side_streams import SideStreams
+from vbert.stream_counts import stream_counts
 from vbert.tenant import Dense
 from vbert.workspace import Workspace
 
@@ -83,8 +84,8 @@ class Model:
     ) -> Model:
         """dtype, device: as in EngineConfig. Raises KernelUnavailable for a device that has no operators."""
         resolved = resolve_device(device)
-        how = {"graphs": graphs, "operator_streams": operator_streams}
-        return cls(backbone, resolve_dtype(dtype, resolved), resolved, words, **how)
+        where = resolve_dtype(dtype, resolved), resolved
+        return cls(backbone, *where, words, graphs=graphs, operator_streams=operator_streams)
 
     @property
     def activation_bytes(self) -> int:

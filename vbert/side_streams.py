@@ -10,17 +10,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["MAX_STREAMS", "SideStreams", "Work", "stream_counts"]
+__all__ = ["SideStreams", "Work"]
 
-MAX_STREAMS = 32  # torch has so many of one priority
 Work = Callable[[], None]
 _cuda: Any = torch.cuda  # its classes are not typed
-
-
-def stream_counts(groups: int) -> tuple[int, ...]:
-    """Numbers of streams worth a try for so many groups that share no row: 1, 2, 4 and so on, and one for each."""
-    most = min(groups, MAX_STREAMS)
-    return (*(1 << i for i in range((most - 1).bit_length())), most)
 
 
 class SideStreams:

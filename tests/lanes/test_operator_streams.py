@@ -12,7 +12,8 @@ from tests.random_tenants import Factory
 from tests.tiny import tiny_backbone
 from vbert.deltas import BatchDeltas
 from vbert.formats.transformers_folder import read_backbone
-from vbert.side_streams import MAX_STREAMS, SideStreams, stream_counts
+from vbert.side_streams import SideStreams
+from vbert.stream_counts import MAX_STREAMS, stream_counts
 
 CPU = torch.device("cpu")
 ALONE = [("lora",), ("houlsby",), ("mask",), ("bitfit",), ("lora",), ("vbert",), None]
