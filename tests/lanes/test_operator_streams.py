@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from tests.encoder.test_laws import Bench
+from runtime.lane_feed import LaneFeed
+from runtime.operator_streams import StreamChoice
+from tests.encoder.test_laws import Bench, assert_close
 from tests.kernels import emulator
+from tests.lanes.fake_device import FakeDevice, FakeEvent
 from tests.lanes.operator_twin import Twin
+from tests.lanes.world import LazyModel, Server
 from tests.random_tenants import Factory
-from tests.tiny import tiny_backbone
 from vbert.deltas import BatchDeltas
-from vbert.formats.transformers_folder import read_backbone
+from vbert.packing import Ways
 from vbert.side_streams import SideStreams
-from vbert.stream_counts import MAX_STREAMS, stream_counts
+from vbert.stream_counts import MAX_STREAMS
 
 CPU = torch.device("cpu")
 ALONE = [("lora",), ("houlsby",), ("mask",), ("bitfit",), ("lora",), ("vbert",), None]
 TOGETHER = [("lora_all", "ia3", "parallel"), ("ia3",), ("bitfit",), ("mask", "lora"), None]
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    return read_backbone(tiny_backbone("bert", tmp_path_factory.mktemp("bert")))
 
 
 @pytest.fixture
@@ -60,11 +61,40 @@ def test_several_streams_give_the_answer_of_one_without_a_race(bench, tenants, m
     assert not twin.device.races
     assert len(twin.streams_used) == 1
     torch.testing.assert_close(want, plain, atol=1e-5, rtol=0)
-    for num_streams in (2, 3, MAX_STREAMS):
-        got, twin = forward(bench, batch, num_streams, monkeypatch, seed=num_streams)
+    for seed, num_streams in enumerate((2, 3, 3, MAX_STREAMS, MAX_STREAMS)):
+        got, twin = forward(bench, batch, num_streams, monkeypatch, seed=seed)
         assert twin.device.races == []
         assert len(twin.streams_used) == min(num_streams, 3)  # no site has more than three groups
         assert torch.equal(got, want)
+
+
+def backwards(works):
+    """Side by side on a CPU: any order will do."""
+    for work in reversed(works):
+        work()
+
+
+def test_the_rows_that_stay_after_exits_and_those_below_a_junction_are_dealt_as_well(backbone, tmp_path, monkeypatch):
+    bench, factory = Bench(backbone, "float32", tmp_path), Factory(backbone, seed=7)
+    modules = [factory.with_exits(factory.tenant(kind), 1) for kind in ("lora", "houlsby", "bitfit", "lora")]
+    tenants = [bench.load(module) for module in modules]
+    leaving = [
+        replace(s, exit_above=0.0 if i % 2 else 1.0)
+        for tenant in tenants
+        for i, s in enumerate(bench.sequences(tenant))
+    ]
+    twice = [s for tenant in tenants for s in bench.sequences(tenant)[:1] * 2]
+    ways = Ways(layer=1, first=[i - i % 2 for i in range(len(twice))], shares=[False] * len(twice))
+    packed = bench.model.pack(leaving), bench.model.pack_joined(twice, ways)
+    assert packed[1].junction.lower.deltas is not packed[1].deltas
+    want = [bench.model.forward(batch) for batch in packed]
+    seen, plain = [], BatchDeltas.side_by_side
+    monkeypatch.setattr(BatchDeltas, "side_by_side", lambda *how: seen.append(how[1]) or plain(*how))
+    bench.model._operator_streams, bench.model._side_streams = 4, backwards
+    for batch, answers, dealt in zip(packed, want, (2, 2), strict=True):
+        seen.clear()
+        assert_close(bench.model.forward(batch), answers, 1e-5)
+        assert seen == [4] * dealt
 
 
 def is_noticed(bench, batch, want, monkeypatch, **how):
@@ -116,13 +146,28 @@ def test_groups_are_classes_that_share_no_tenant(bench):
     assert groups(("lora", "houlsby"), ("houlsby", "ia3"), ("ia3", "lora")) == 1
 
 
-def test_numbers_of_streams_worth_a_try():
-    assert [stream_counts(n) for n in (1, 2, 3, 4, 5, 8)] == [
-        (1,),
-        (1, 2),
-        (1, 2, 3),
-        (1, 2, 4),
-        (1, 2, 4, 5),
-        (1, 2, 4, 8),
-    ]
-    assert stream_counts(32) == stream_counts(100) == (1, 2, 4, 8, 16, 32)
+def test_batches_of_the_lanes_try_each_number_and_keep_the_fastest(modules, monkeypatch):
+    asked, plain = [], LazyModel.launch
+
+    def launch(model, batch, feed=None):
+        asked.append(feed.operator_streams(4))
+        return plain(model, batch, feed)
+
+    monkeypatch.setattr(LazyModel, "launch", launch)
+    monkeypatch.setattr(FakeEvent, "since_s", lambda *_: {1: 3e-3, 2: 1e-3, 4: 2e-3}[asked[-1]])
+    with Server(modules, FakeDevice()) as server:
+        server.run([(None,)] * 10, lengths=(5,), depth=1)
+    assert asked == [1, 2, 4, *[2] * 7]
+
+
+def test_a_batch_that_waited_for_modules_says_nothing_of_streams():
+    choice = StreamChoice()
+    feed = LaneFeed(
+        SimpleNamespace(batch=SimpleNamespace(rows=SimpleNamespace(token_ids=range(9)))), [None], None, None
+    )
+    feed.streams = choice
+    assert [feed.operator_streams(2), choice.choose(9, 2), choice.choose(9, 2)] == [1, 2, 1]
+    choice.observe(1, 9, 2, 2.0)
+    feed.took(1e-9)
+    choice.observe(2, 9, 2, 1.0)
+    assert choice.choose(9, 2) == 2
