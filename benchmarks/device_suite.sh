@@ -32,13 +32,14 @@ step() {
 pytest=("$python" -m pytest -c /dev/null --rootdir=. --confcutdir=. --import-mode=importlib -q -rs -p no:cacheprovider)
 
 step operators 120 "${pytest[@]}" tests/cuda/test_operators.py --junitxml="$work/operators.xml"
-step model 90 "${pytest[@]}" tests/cuda/test_streams.py tests/cuda/test_model.py tests/cuda/test_engine.py --junitxml="$work/model.xml"
+step model 90 "${pytest[@]}" tests/cuda/test_streams.py tests/cuda/test_model.py tests/cuda/test_engine.py tests/cuda/test_operator_streams.py --junitxml="$work/model.xml"
 step device 110 "$python" -m benchmarks.device "${quick[@]}"
 step overlap 60 "$python" -m benchmarks.overlap --json --kinds adapter --budgets 0.01 --rounds 3
+step streams 38 "$python" -m benchmarks.experiments.pets_streams --json --shape minilm-l6 --tasks 32 --lengths 4 32 --streams 1 2 4 0 --rounds 5
 # Further benchmarks go here, one step each: what they print as JSON becomes a row of suite.json.
 if command -v compute-sanitizer >/dev/null; then
     # Every tensor in an allocation of its own, so that an access behind its end is seen.
-    step sanitizer 70 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 \
+    step sanitizer 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 \
         "${pytest[@]}" tests/cuda/test_operators.py::test_operator -k "zipf or empty_segment"
 else
     echo '{"step": "sanitizer", "skipped": "compute-sanitizer is not on PATH"}' >>"$steps"

@@ -294,7 +294,7 @@ TABLES: dict[str, Callable[[], str]] = {
 # ---- output of one run -------------------------------------------------------------------------------------------
 
 _PARAMETERS = ("shape", "dtype", "lengths", "tenants", "concurrency", "budget", "lanes", "neighbour")
-_MEASURED = ("requests_per_s", "to_quiet", "p50_ms", "p99_ms", "spread")
+_MEASURED = ("requests_per_s", "to_quiet", "to_one_stream", "p50_ms", "p99_ms", "spread")
 
 
 def output_flags(parser: argparse.ArgumentParser) -> None:
