@@ -41,6 +41,7 @@ def tables(
         "fastptm_best": lambda: _best(results("fastptm_traces")[-1]["rows"], markdown),
         "pets_throughput": lambda: _pets(results("pets_throughput")[-1], where, markdown),
         "pets_memory": lambda: _pets_memory(results("pets_throughput")[-1]["rows"], markdown),
+        "pets_streams": lambda: _pets_streams(results("pets_streams")[-1], where, markdown),
         "fastptm_switch": lambda: _switch(results("fastptm_switch")[-1], where, markdown),
     }
 
@@ -193,6 +194,19 @@ def _pets_memory(rows: list[Row], markdown: Markdown) -> str:
         if row["part"] == "memory"
     ]
     return markdown(["MiB a task", "MiB a full model", "tasks in the memory of one model"], body)
+
+
+def _pets_streams(result: Row, where: Callable[[Mapping[str, Any]], str], markdown: Markdown) -> str:
+    """Queries/s on one stream, and on others next to that."""
+    cells: dict[tuple[int, int], dict[str, Row]] = {}
+    for row in result["rows"]:
+        cells.setdefault((row["tenants"], row["lengths"]), {})[row["system"]] = row
+    others = [name for name in next(iter(cells.values())) if name != "1 stream"]
+    body = [
+        [tasks, length, of["1 stream"]["requests_per_s"], *(f"{of[name]['to_one_stream']:.2f}x" for name in others)]
+        for (tasks, length), of in cells.items()
+    ]
+    return where(result) + markdown(["tasks", "tokens a query", "queries /s, 1 stream", *others], body)
 
 
 def _case(row: Row) -> tuple[object, ...]:

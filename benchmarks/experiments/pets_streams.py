@@ -152,12 +152,16 @@ def _cell(
     timings = interleave(runs, rounds=rounds, warmup=_WARMUP)
     found = {num_streams: timings[str(num_streams)].row(QUERIES) for num_streams in systems}
     return [
-        {"system": f"{num_streams} streams" if num_streams else "automatic", "streams": num_streams}
+        {"system": _name(num_streams), "streams": num_streams}
         | {"tenants": count, "lengths": length}
         | row
         | {"to_one_stream": round(row["requests_per_s"] / found[1]["requests_per_s"], 3)}
         for num_streams, row in found.items()
     ]
+
+
+def _name(num_streams: int) -> str:
+    return {AUTOMATIC: "automatic", 1: "1 stream"}.get(num_streams, f"{num_streams} streams")
 
 
 if __name__ == "__main__":
