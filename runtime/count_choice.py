@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["COLLAPSE", "CountChoice"]
+__all__ = ["COLLAPSE", "TICK_S", "CountChoice"]
 
 _KEEP = 0.6  # of the past: one collapsed batch is enough to change
 _FIRST_RETRY, _LAST_RETRY = 16, 1024  # batches until the other counts are tried again
+TICK_S = 1e-6  # the least a batch takes: a clock may not have moved
 COLLAPSE = 4  # times slower than another count: what everybody who waits feels
 
 
@@ -35,7 +36,7 @@ class CountChoice:
         return self._best
 
     def observe(self, count: int, cost: float) -> float:
-        """Returns how many times the batch was slower than the best count is."""
+        """cost: above 0. Returns how many times the batch was slower than the best count is."""
         is_first, old = count not in self._cost, self._cost.get(count, cost)
         self._cost[count] = min(_KEEP * old + (1 - _KEEP) * cost, 1.2 * cost)  # good news is believed at once
         before, self._best = self._best, min(self._cost, key=self._cost.__getitem__)

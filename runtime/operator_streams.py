@@ -6,7 +6,7 @@ streams cost time. So each number is tried, one stream first, and the fastest ke
 
 from __future__ import annotations
 
-from runtime.count_choice import CountChoice
+from runtime.count_choice import TICK_S, CountChoice
 from vbert.stream_counts import stream_counts
 
 __all__ = ["StreamChoice"]
@@ -22,7 +22,7 @@ class StreamChoice:
         return self._size(tokens, groups).choose()
 
     def observe(self, count: int, tokens: int, groups: int, seconds: float) -> None:
-        self._size(tokens, groups).observe(count, seconds / tokens)
+        self._size(tokens, groups).observe(count, max(seconds, TICK_S) / tokens)
 
     def _size(self, tokens: int, groups: int) -> CountChoice:
         return self._sizes.setdefault((tokens.bit_length(), groups), CountChoice(stream_counts(groups)))

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from runtime.count_choice import COLLAPSE, CountChoice
+from runtime.count_choice import COLLAPSE, TICK_S, CountChoice
 
 __all__ = ["ThreadChoice"]
-
-_TICK_S = 1e-6  # a clock may not have moved
 
 
 class ThreadChoice:
@@ -42,7 +40,7 @@ class ThreadChoice:
         return self._size(tokens).choose()
 
     def observe(self, count: int, tokens: int, seconds: float) -> None:
-        times = self._size(tokens).observe(count, max(seconds, _TICK_S) / max(1, tokens))
+        times = self._size(tokens).observe(count, max(seconds, TICK_S) / max(1, tokens))
         if self._on_collapse and count > 1 and times >= COLLAPSE:
             on_collapse, self._on_collapse = self._on_collapse, None
             on_collapse(count, times)

@@ -46,6 +46,10 @@ def test_what_became_slower_is_left():
     assert chosen[-100:].count(1) >= 97
 
 
+def test_a_clock_that_stands_still_hurts_nobody():
+    assert set(run(StreamChoice(), {1: 0.0, 2: 0.0, 4: 0.0}, 100)) == {1, 2, 4}
+
+
 def test_sizes_and_numbers_of_groups_are_learned_apart():
     choice = StreamChoice()
     small, large = {1: 2e-3, 2: 1e-3, 4: 1e-3}, {1: 1e-3, 2: 2e-3, 4: 2e-3}
