@@ -18,15 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
-from benchmarks.experiments.pets_throughput import KINDS
 from benchmarks.machine import Neighbours, commit, describe
 from benchmarks.report import output_flags, publish
 from benchmarks.timing import interleave
-from benchmarks.workload import ALL_SHAPES, write_backbone
+from benchmarks.workload import ALL_SHAPES, PETS_KINDS, write_backbone
 from runtime.clock import MonotonicClock
 from runtime.forwards import Forwards
 from runtime.launch import Launch
@@ -35,6 +32,7 @@ from runtime.streams import CudaDevice
 from runtime.threads import ThreadChoice
 from runtime.uploads import moved_at_once
 from tests.tolerances import assert_answer
+from training.progress import progress_bar
 from vbert.arena import Arena, ResidentTenant
 from vbert.errors import ConfigError
 from vbert.formats import Backbone, read_backbone
@@ -70,13 +68,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         ExitStack() as stack,
-        Progress(console=Console(stderr=True), transient=True) as bar,
+        progress_bar() as progress,
     ):
         backbone = read_backbone(write_backbone(args.shape, Path(folder) / "backbone", seed=0))
         systems = {count: stack.enter_context(System(backbone, count, args)) for count in args.streams}
         tasks = _on_device(backbone, systems[1].model, max(args.tasks), Path(folder))
         cells = [(count, length) for count in args.tasks for length in args.lengths]
-        rows = [row for cell in bar.track(cells) for row in _cell(systems, tasks, *cell, args.rounds)]
+        rows: list[dict[str, Any]] = []
+        for done, cell in enumerate(cells):
+            progress("pets_streams", done, len(cells))
+            rows += _cell(systems, tasks, *cell, args.rounds)
     named = ("shape", "dtype", "graphs", "rounds")
     result = {
         "benchmark": "pets_streams",
@@ -126,7 +127,8 @@ class System:
 
 def _on_device(backbone: Backbone, model: Model, count: int, folder: Path) -> list[ResidentTenant]:
     probes = Probes(backbone, model.dtype, folder)
-    files = [probes.write(size, name=str(i), kind=kind) for i in range(count) for kind, size in [KINDS[i % len(KINDS)]]]
+    kinds = [PETS_KINDS[i % len(PETS_KINDS)] for i in range(count)]
+    files = [probes.write(size, name=str(i), kind=kind) for i, (kind, size) in enumerate(kinds)]
     room = 2 * sum(map(probes.num_bytes, files)) + 2**30
     memory = Slabs(torch.empty(room, dtype=torch.uint8, device=model.device))
     arena = Arena(backbone.config, backbone.fingerprint, model.dtype, room, memory=memory)

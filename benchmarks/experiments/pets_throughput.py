@@ -25,7 +25,7 @@ from rich.progress import Progress
 from benchmarks.machine import Neighbours, commit, describe
 from benchmarks.report import output_flags, publish
 from benchmarks.timing import interleave
-from benchmarks.workload import ALL_SHAPES, write_backbone
+from benchmarks.workload import ALL_SHAPES, PETS_KINDS, write_backbone
 from runtime.probes import Probes
 from vbert.arena import ResidentTenant
 from vbert.formats import read_backbone
@@ -33,7 +33,6 @@ from vbert.model import Model, SequenceInput
 
 __all__ = ["main"]
 
-KINDS = (("sparse", 50), ("sparse", 10), ("affine", 0), ("bottleneck", 64))  # MaskBert, Diff pruning, BitFit, adapters
 QUERIES = ((1, 128), (2, 64), (4, 32))
 FULL_MODELS = (2, 4, 8, 16)
 
@@ -56,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         backbone = read_backbone(write_backbone(args.shape, Path(folder) / "backbone", seed=0))
         model = Model.load(backbone, "float32")
         probes = Probes(backbone, model.dtype, Path(folder))
-        tasks = [_load(probes, *KINDS[i % len(KINDS)], name=str(i)) for i in range(max(args.tasks))]
+        tasks = [_load(probes, *PETS_KINDS[i % len(PETS_KINDS)], name=str(i)) for i in range(max(args.tasks))]
         whole = [_load(probes, "weights", 0, name=str(i)) for i in range(max(args.full_models, default=0))]
         rows = _memory(tasks, whole)
         for count, length in bar.track(QUERIES, description="queries"):
