@@ -102,6 +102,7 @@ def is_noticed(bench, batch, want, monkeypatch, **how):
     return bool(twin.device.races) or not torch.equal(hidden, want)
 
 
+@pytest.mark.slow
 def test_neither_fork_nor_join_can_be_left_out(bench, monkeypatch):
     batch = batch_of(bench, TOGETHER, each=1)
     want, twin = forward(bench, batch, 4, monkeypatch)
@@ -111,6 +112,7 @@ def test_neither_fork_nor_join_can_be_left_out(bench, monkeypatch):
     assert all(is_noticed(bench, batch, want, monkeypatch, drop=site) for site in twin.device.sites)
 
 
+@pytest.mark.slow
 def test_classes_of_one_tenant_must_not_run_side_by_side(bench, monkeypatch):
     """Were each class a group of its own, the scale of a tenant would race with what it is to scale."""
     batch = batch_of(bench, TOGETHER, each=1)
