@@ -14,6 +14,7 @@ import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -111,10 +112,10 @@ def _batch(model: Model, classes: Sequence[DeviceClass]) -> PackedBatch:
 
 
 def _tenant(model: Model, classes: Sequence[DeviceClass], i: int) -> ResidentTenant:
-    """In slots that no file filled, so without a header."""
+    """In slots that no file filled, so without a real header."""
     reservation = Reservation(
         digest=f"{i:04}",
-        header=cast(TenantHeader, None),
+        header=cast(TenantHeader, SimpleNamespace(is_whole=False)),
         slots=tuple((c, c.taken[i * (len(c.taken) // TENANTS)]) for c in classes),
         num_bytes=0,
         bytes_by_kind={},

@@ -23,6 +23,7 @@ def tables(
         "pets_throughput": lambda: _pets(results("pets_throughput")[-1], where, markdown),
         "pets_batching": lambda: _batching(results("pets_batching")[-1], where, markdown),
         "pets_batching_cuts": lambda: _batching_cuts(results("pets_batching")[-1]["rows"], markdown),
+        "pets_streams": lambda: _pets_streams(results("pets_streams")[-1], where, markdown),
         "pets_memory": lambda: _pets_memory(results("pets_throughput")[-1]["rows"], markdown),
     }
 
@@ -186,3 +187,16 @@ def _of_pools(rows: list[Row]) -> dict[tuple[object, ...], dict[str, Row]]:
     for row in rows:
         pools.setdefault((row["tasks"], row["std"]), {})[row["system"]] = row
     return pools
+
+
+def _pets_streams(result: Row, where: Callable[[Mapping[str, Any]], str], markdown: Markdown) -> str:
+    """Queries/s on one stream, and on others next to that."""
+    cells: dict[tuple[int, int], dict[str, Row]] = {}
+    for row in result["rows"]:
+        cells.setdefault((row["tenants"], row["lengths"]), {})[row["system"]] = row
+    others = [name for name in next(iter(cells.values())) if name != "1 stream"]
+    body = [
+        [tasks, length, of["1 stream"]["requests_per_s"], *(f"{of[name]['to_one_stream']:.2f}x" for name in others)]
+        for (tasks, length), of in cells.items()
+    ]
+    return where(result) + markdown(["tasks", "tokens a query", "queries /s, 1 stream", *others], body)

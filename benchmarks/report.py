@@ -296,7 +296,17 @@ TABLES: dict[str, Callable[[], str]] = {
 
 _LOAD = ("lengths", "tenants", "queries", "tasks", "std", "concurrency")
 _PARAMETERS = ("shape", "dtype", *_LOAD, "budget", "lanes", "neighbour")
-_MEASURED = ("requests_per_s", "to_quiet", "to_fixed", "launches", "padding", "p50_ms", "p99_ms", "spread")
+_MEASURED = (
+    "requests_per_s",
+    "to_quiet",
+    "to_one_stream",
+    "to_fixed",
+    "launches",
+    "padding",
+    "p50_ms",
+    "p99_ms",
+    "spread",
+)
 
 
 def output_flags(parser: argparse.ArgumentParser) -> None:

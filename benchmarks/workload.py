@@ -18,11 +18,17 @@ import torch
 
 from tests.tiny import tiny_tokenizer
 
-__all__ = ["ALL_SHAPES", "LENGTHS", "SHAPES", "Requests", "make_requests", "write_backbone"]
+__all__ = ["ALL_SHAPES", "LENGTHS", "PETS_KINDS", "SHAPES", "Requests", "make_requests", "write_backbone"]
 
 SHAPES = {"12x384": (12, 384, 12, 1536), "12x768": (12, 768, 12, 3072)}  # layers, hidden, heads, feed-forward
 ALL_SHAPES = SHAPES | {"minilm-l6": (6, 384, 12, 1536)}
 LENGTHS = ("equal", "real")
+PETS_KINDS = (
+    ("sparse", 50),
+    ("sparse", 10),
+    ("affine", 0),
+    ("bottleneck", 64),
+)  # MaskBert, Diff pruning, BitFit, adapters
 SETS = ("clinc150", "ag_news")  # short commands and news items, half and half
 EQUAL_TOKENS = 32
 _CLS, _SEP, _FIRST_WORD = 101, 102, 999

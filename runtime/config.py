@@ -12,12 +12,14 @@ from runtime.residency import residency_policy
 from runtime.sequence_sharing import SequenceSharing
 from runtime.weight_rules import WeightRules
 from vbert.errors import ConfigError
+from vbert.stream_counts import MAX_STREAMS
 
 __all__ = ["EngineConfig", "option"]
 
 _MIB = 2**20
 _MAY_BE_ZERO = {
     "compute_threads",
+    "operator_streams",
     "max_store_bytes",
     "host_budget_bytes",
     "sequence_store_bytes",
@@ -92,6 +94,10 @@ class EngineConfig:
         (), "PATTERN=NUMBER, by tenant, the first that fits: its share beside the others, with the policy fair; else 1"
     )
     cuda_graphs: str = option("off", "on or off: on a GPU, replay CUDA graphs of batches that come often")
+    operator_streams: int = option(
+        0,
+        "on a GPU, streams for operators of tenants of different kinds, up to 32; 0: as many as prove fastest",
+    )
     trace: str = option("", "write a Chrome trace of the lanes to this file")
     record: str = option("", "write a log of all requests, without their texts, to this file, for `vbert simulate`")
     profile: str = option(
@@ -131,6 +137,8 @@ class EngineConfig:
             raise ConfigError(f"max_backoff is {self.max_backoff}; give a share from 0 to 1")
         if self.cuda_graphs not in ("on", "off"):
             raise ConfigError(f"cuda_graphs is {self.cuda_graphs!r}; use on or off")
+        if self.operator_streams > MAX_STREAMS:
+            raise ConfigError(f"operator_streams is {self.operator_streams}; use at most {MAX_STREAMS}")
         if self.word_rows not in ("memory", "mapped"):
             raise ConfigError(f"word_rows is {self.word_rows!r}; use memory or mapped")
         if not 0 < self.max_caller_share <= 1:

@@ -21,6 +21,7 @@ from runtime.errors import ComputeFailed
 from runtime.lane_feed import Arriving, LaneFeed
 from runtime.launch import LEAST_WORK, LEFT, Computed, Launch, Outcome, joined
 from runtime.lower_stores import LowerStores, without_stores
+from runtime.operator_streams import StreamChoice
 from runtime.pressure import is_out_of_memory
 from runtime.request import Way
 from runtime.staging import Prepared, Preparer, Ring
@@ -49,11 +50,12 @@ class _Early:
 @dataclass(frozen=True, slots=True)
 class _Finish:
     """answers: waits for them. remember: then keeps what the forward computed that others may want. forget: after a
-    failure, drops what it was given. ways: of every sequence. work: as `Computed` has it."""
+    failure, drops what it was given. took: is told its seconds. ways: of every sequence. work: as `Computed` has it."""
 
     answers: Callable[[], list[Tensor]]
     remember: Callable[[], None]
     forget: Callable[[], None]
+    took: Callable[[float], None]
     ways: list[Way]
     work: float
 
@@ -106,7 +108,7 @@ class Forwards:
         self._model, self._device, self._clock, self._threads = model, device, clock, threads
         self._compute, self._rows, self._overlapped = compute, rows, overlapped
         self._results = results if device.runs_ahead and overlapped else None
-        self._arriving, self._trace = arriving, trace
+        self._arriving, self._trace, self._streams = arriving, trace, StreamChoice()
         self.ring = Ring(device, _IN_RING)
         self._stores = stores or LowerStores()
         self._ahead = Preparer(model, source, self.ring, device, device.stream("rows"), self._stores)
@@ -218,7 +220,7 @@ class Forwards:
         with prepared.read_by(stream), stream.current():
             _check_owned(tenants)
             arriving = [a for tenant in tenants if (a := self._arriving(tenant)) is not None and not a.done()]
-            feed = LaneFeed(prepared, arriving, stream, self._waiting)
+            feed = LaneFeed(prepared, arriving, stream, self._waiting, self._streams)
             finish = self._model.launch(prepared.batch, feed)
         if self._trace is not None:
             num_tokens = len(prepared.batch.rows.token_ids)
@@ -240,7 +242,7 @@ class Forwards:
         work = prepared.batch.work(self._model.config.num_layers, local_layers, feed.exits)
         exits = feed.exits or [0] * len(sequences)
         ways = [Way(prepared.routes.path(i), layer) for i, layer in enumerate(exits)]
-        return _Finish(answers, remember, forget, ways, work)
+        return _Finish(answers, remember, forget, feed.took, ways, work)
 
     @contextmanager
     def _waiting(self, lane: str) -> Iterator[None]:
@@ -260,7 +262,9 @@ class Forwards:
                 compute_s = running.end.since_s(running.begin)
                 assert running.finish is not None  # it gave the outcomes
                 work, ways = running.finish.work, running.finish.ways
-                if not self._device.runs_ahead and work >= LEAST_WORK:
+                if work >= LEAST_WORK and self._device.runs_ahead:
+                    running.finish.took(compute_s / work)
+                elif work >= LEAST_WORK:
                     self._threads.observe(running.num_threads, running.num_tokens, compute_s / work)
                 self._tell(running, outcomes, ways, compute_s, self._ahead_s(running), work=work)
                 self._remember_aside(running)

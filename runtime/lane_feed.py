@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from runtime.operator_streams import StreamChoice
 from runtime.staging import Prepared
 from runtime.streams import Stream
 
@@ -28,15 +29,17 @@ class Arriving(Protocol):
 class LaneFeed:
     """waiting: a context that shows in the trace for how long compute waits for a lane. kept, ngrams: states, and rows
     of n-grams, that the forward computed and others may want, on their way to host memory. exits: of each sequence,
-    where there are any."""
+    where there are any. asked: the groups and the streams of a forward that asked for a number of streams."""
 
     prepared: Prepared
     arriving: Sequence[Arriving]
     stream: Stream
     waiting: Callable[[str], AbstractContextManager[None]]
+    streams: StreamChoice = field(default_factory=StreamChoice)
     kept: Tensor | None = None
     ngrams: Tensor | None = None
     exits: Sequence[int] = ()
+    asked: tuple[int, int] | None = None
 
     def word_rows(self) -> Tensor | None:
         with self.waiting("rows"):
@@ -70,6 +73,21 @@ class LaneFeed:
             with self.waiting("modules"):
                 for arrival in self.arriving:
                     arrival.wait(i, self.stream)
+
+    def operator_streams(self, groups: int) -> int:
+        num_streams = self.streams.choose(self._num_tokens, groups)
+        self.asked = groups, num_streams
+        return num_streams
+
+    def took(self, seconds: float) -> None:
+        """The forward did. One that waited for modules says nothing of streams."""
+        if self.asked is not None and not self.arriving:
+            groups, num_streams = self.asked
+            self.streams.observe(num_streams, self._num_tokens, groups, seconds)
+
+    @property
+    def _num_tokens(self) -> int:
+        return len(self.prepared.batch.rows.token_ids)
 
 
 def _to_host(rows: Tensor) -> Tensor:

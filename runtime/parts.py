@@ -108,7 +108,14 @@ def load_parts(config: EngineConfig, clock: Clock) -> Parts:
             raise ConfigError(f"the store has a tenant {name!r}, the backbone's name; give the backbone another --name")
         tokenizer = Tokenizer.load(config.backbone, backbone.config)
         words = _mapped_words(backbone, config) if config.word_rows == "mapped" else None
-        model = Model.load(backbone, config.dtype, config.device, words, graphs=config.cuda_graphs == "on")
+        model = Model.load(
+            backbone,
+            config.dtype,
+            config.device,
+            words,
+            graphs=config.cuda_graphs == "on",
+            operator_streams=config.operator_streams,
+        )
         warm_up(model.dtype, model.device)  # else the first tenant of a kind would hold up everybody's batches
         cost = own_profile(config, backbone, model)
         model.free_memory()  # buffers of this thread's stream, which forwards do not run on

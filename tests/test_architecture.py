@@ -47,7 +47,20 @@ PROJECT = {
 LAZY = {"cupy", "matplotlib", "numba.cuda", "peft", "adapters", "transformers"}
 # Inside vbert a module imports only from its own rank or a lower one, and never in a circle.
 VBERT_RANKS = (
-    {"errors", "config", "tenant", "activations", "batch", "layout", "memory", "workspace", "feed", "skip"},
+    {
+        "errors",
+        "config",
+        "tenant",
+        "activations",
+        "batch",
+        "layout",
+        "memory",
+        "workspace",
+        "feed",
+        "skip",
+        "side_streams",
+        "stream_counts",
+    },
     {"kernels", "header"},
     {"checkpoint", "slot_file"},
     {"arena", "attention", "rows", "heads", "tokenizer", "formats", "reference", "selftest", "ngram"},
@@ -185,7 +198,10 @@ def test_no_import_circles():
 
 
 def test_policies_know_neither_asyncio_nor_torch():
-    pure = [ROOT / f"runtime/{name}.py" for name in ("scheduler", "residency", "cost", "shares", "waiting")]
+    pure = [
+        ROOT / f"runtime/{name}.py"
+        for name in ("scheduler", "residency", "cost", "shares", "waiting", "threads", "operator_streams")
+    ]
     for policy in [*pure, *(ROOT / "runtime/policies").glob("*.py")]:
         for path in closure(policy):
             packages = {item.package for item in imports(path)}

@@ -5,9 +5,12 @@ import shutil
 import subprocess
 
 import pytest
+import torch
 
 from benchmarks import device_report
+from benchmarks.experiments import pets_streams
 from benchmarks.report import ROOT
+from vbert.errors import ConfigError
 
 JUNIT = """<testsuites><testsuite><testcase classname="a" name="good"/><testcase classname="a" name="bad"><failure/>
 </testcase><testcase classname="a" name="not"><skipped/></testcase></testsuite></testsuites>"""
@@ -45,3 +48,9 @@ def test_the_suite_is_a_script_that_bash_reads():
     limits = [int(line.split()[2]) for line in text.splitlines() if line.strip().startswith("step ")]
     assert len(limits) >= 3
     assert sum(limits) < 480, "all steps at their limits take more than 8 minutes"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_experiment_with_streams_says_that_it_needs_a_gpu():
+    with pytest.raises(ConfigError, match="streams are of a GPU"):
+        pets_streams.main([])

@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks import experiments_report, plots
 from benchmarks.experiments import fastptm_instances, pets_batching
-from benchmarks.experiments.pets_throughput import KINDS
 from benchmarks.report import RESULTS, markdown
+from benchmarks.workload import PETS_KINDS
 from runtime.cost import CostModel
 from runtime.policies.pooled import ProfileCosts
 from runtime.policies.pools import POOL_POLICIES, padding_of
@@ -20,7 +20,7 @@ QUICK = replace(pets_batching.EFFORT, tokens=(32, 256), lengths=(8, 32), max_rep
 
 
 def test_every_way_computes_every_query_once():
-    pool = pets_batching.pool_of(KINDS * 4, queries=100, std=8)
+    pool = pets_batching.pool_of(PETS_KINDS * 4, queries=100, std=8)
     costs = ProfileCosts(CostModel.on_a_line(1e4, 0.002), 256)
     plans = {name: policy.cut(pool, costs) for name, policy in POOL_POLICIES.items()}
     every = pets_batching.launches_of(pool, plans, 256)

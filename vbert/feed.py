@@ -43,3 +43,8 @@ class Feed(Protocol):
     def before_layer(self, i: int) -> None:
         """Called before anything reads what tenants change in layer i: -1 embeddings, 0 to L - 1, then L, the heads."""
         ...
+
+    def operator_streams(self, groups: int) -> int:
+        """On how many streams of a GPU the operators of so many groups of tenants may run, at most one a group. Asked
+        only where that is open: there are several groups, the model has no number, and no graph is replayed."""
+        ...

@@ -9,8 +9,9 @@ nobody: no sequence holds them, no block of work names them.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,7 +30,8 @@ _MAX_GRAPHS = 64  # each keeps its largest intermediate results
 _WORTH_A_GRAPH = 3  # a signature is captured when it comes this often: a capture costs some hundred forwards
 _MAX_COUNTED = 4096  # signatures whose visits are remembered
 
-Forward = Callable[[PackedBatch, Workspace], Tensor]
+_REPLAYS_TIMED = 5
+Forward = Callable[[PackedBatch, Workspace, int], Tensor]  # the last: on how many streams operators run
 
 
 class Capture(Protocol):
@@ -46,13 +48,15 @@ def round_up(n: int, least: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """What a captured forward depends on beside the contents of its buffer. blocks: of each class, in order."""
+    """What a captured forward depends on beside the contents of its buffer. blocks: of each class, in order. groups:
+    as `BatchDeltas` has them, because classes that share no row here may run side by side."""
 
     tokens: int
     sequences: int
     longest: int
     classes: tuple[ArenaClass, ...]
     blocks: tuple[int, ...]
+    groups: tuple[int, ...]
 
     @classmethod
     def of(cls, batch: PackedBatch) -> Signature:
@@ -63,6 +67,7 @@ class Signature:
             longest=1 << max(4, (rows.longest - 1).bit_length()),
             classes=tuple(use.arena_class for use in uses),
             blocks=tuple(round_up(len(use.segments.blocks), 8) for use in uses),
+            groups=batch.deltas.groups,
         )
 
     @property
@@ -82,13 +87,22 @@ class Signature:
 class Graph:
     """One captured forward. `run` on the stream that all forwards use; `replay` computes the last batch again."""
 
-    def __init__(self, forward: Forward, space: Workspace, batch: PackedBatch, capture: Capture) -> None:
-        """batch: one of the signature, in host memory.  space: for this graph alone, which keeps its addresses."""
+    def __init__(
+        self,
+        forward: Forward,
+        space: Workspace,
+        batch: PackedBatch,
+        capture: Capture,
+        stream_counts: Sequence[int] = (1,),
+    ) -> None:
+        """batch: one of the signature, in host memory.  space: for this graph alone, which keeps its addresses.
+        stream_counts: it is captured with each of these numbers of streams, and the fastest is kept."""
         self._signature = Signature.of(batch)
         self._space = space  # the captured kernels write there
         self._buffer = torch.from_numpy(self._signature.integers(batch)).to(space.device)
         static = _static(batch, self._signature, self._buffer)
-        self.replay, self._hidden = capture(lambda: forward(static, space))
+        captured = (capture(partial(forward, static, space, count)) for count in stream_counts)
+        self.replay, self._hidden = next(captured) if len(stream_counts) == 1 else min(captured, key=_replay_ms)
 
     def run(self, batch: PackedBatch) -> Tensor:
         """Last hidden states [T, H] of a batch of this signature."""
@@ -103,9 +117,16 @@ class Graph:
 class HiddenGraphs:
     """The graphs of one model, the least recently used of which go. Used by one thread."""
 
-    def __init__(self, forward: Forward, new_space: Callable[[], Workspace], capture: Capture) -> None:
-        """forward: all layers of a batch that is on the device, without waiting for anything."""
+    def __init__(
+        self,
+        forward: Forward,
+        new_space: Callable[[], Workspace],
+        capture: Capture,
+        stream_counts: Callable[[PackedBatch], Sequence[int]] = lambda _: (1,),
+    ) -> None:
+        """forward: all layers of a batch that is on the device, without waiting for anything. stream_counts: to try."""
         self._forward, self._new_space, self._capture = forward, new_space, capture
+        self._stream_counts = stream_counts
         self._graphs: OrderedDict[Signature, Graph] = OrderedDict()
         self._seen: Counter[Signature] = Counter()
 
@@ -129,7 +150,8 @@ class HiddenGraphs:
                 self._graphs.popitem(last=False)
             del self._seen[signature]
             before_capture()
-            self._graphs[signature] = Graph(self._forward, self._new_space(), batch, self._capture)
+            counts = self._stream_counts(batch)
+            self._graphs[signature] = Graph(self._forward, self._new_space(), batch, self._capture, counts)
         self._graphs.move_to_end(signature)
         return self._graphs[signature]
 
@@ -176,3 +198,18 @@ def capture_on_cuda(function: Callable[[], Tensor]) -> tuple[Callable[[], None],
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         hidden = function()
     return graph.replay, hidden
+
+
+def _replay_ms(captured: tuple[Callable[[], None], Tensor]) -> float:
+    """GPU time of a replay, the median of a few."""
+    replay = captured[0]
+    times: list[float] = []
+    replay()
+    for _ in range(_REPLAYS_TIMED):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return sorted(times)[_REPLAYS_TIMED // 2]

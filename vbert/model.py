@@ -22,6 +22,8 @@ from vbert.kernels.cuda import check_available, cupy_is_installed
 from vbert.local_layers import LocalLayers
 from vbert.packing import PackedBatch, SequenceInput, Ways, own_ways, pack_joined
 from vbert.rows import RowSource
+from vbert.side_streams import SideStreams
+from vbert.stream_counts import stream_counts
 from vbert.tenant import Dense
 from vbert.workspace import Workspace
 
@@ -41,9 +43,11 @@ class Model:
         words: RowSource | None = None,
         *,
         graphs: bool = False,
+        operator_streams: int = 0,
     ) -> None:
         """words: the word embeddings where they are not to be kept in memory. graphs: on a GPU, replay CUDA graphs of
-        batches that come often. Raises ShapeError if the words do not fit."""
+        batches that come often. operator_streams: of a GPU, for operators of different arena classes; 0: as many as the
+        feed says, without one 1, in a graph what is fastest. Raises ShapeError if the words do not fit."""
         if words is not None and (words.dtype, words.width) != (dtype, backbone.config.hidden_size):
             raise ShapeError(
                 f"the word rows are {words.width} numbers of {words.dtype}, the model's are "
@@ -55,7 +59,10 @@ class Model:
         self._every_space: list[weakref.ref[Workspace]] = []
         self._spaces: list[Workspace] = []  # those no forward uses now
         fits = graphs and words is None and self.encoder.takes_varlen
-        self._graphs = HiddenGraphs(self._layers, self._new_space, capture_on_cuda) if fits else None
+        self._operator_streams = operator_streams if device.type == "cuda" else 1
+        self._side_streams = SideStreams(device)
+        new = HiddenGraphs(self._layers, self._new_space, capture_on_cuda, self._counts_for_graph)
+        self._graphs = new if fits else None
         self.local = None if backbone.skip is None else LocalLayers(self.encoder, backbone.skip)
         weights = backbone.weights
         self._pooler = (
@@ -73,10 +80,12 @@ class Model:
         words: RowSource | None = None,
         *,
         graphs: bool = False,
+        operator_streams: int = 0,
     ) -> Model:
         """dtype, device: as in EngineConfig. Raises KernelUnavailable for a device that has no operators."""
         resolved = resolve_device(device)
-        return cls(backbone, resolve_dtype(dtype, resolved), resolved, words, graphs=graphs)
+        where = resolve_dtype(dtype, resolved), resolved
+        return cls(backbone, *where, words, graphs=graphs, operator_streams=operator_streams)
 
     @property
     def activation_bytes(self) -> int:
@@ -129,7 +138,8 @@ class Model:
         except IndexError:
             space = self._new_space()
         try:
-            return self._all_layers(encoder, self._moved(batch), space, feed, word_rows, left)
+            moved = self._moved(batch, self._num_streams(batch, feed))
+            return self._all_layers(encoder, moved, space, feed, word_rows, left)
         finally:
             self._spaces.append(space)
 
@@ -160,12 +170,26 @@ class Model:
         self._every_space = [*(ref for ref in self._every_space if ref() is not None), weakref.ref(space)]
         return space
 
-    def _moved(self, batch: PackedBatch) -> PackedBatch:
-        return batch.on(self.device, buckets=not self.encoder.takes_varlen)
+    def _moved(self, batch: PackedBatch, num_streams: int) -> PackedBatch:
+        return self._dealt(batch.on(self.device, buckets=not self.encoder.takes_varlen), num_streams)
 
-    def _layers(self, batch: PackedBatch, space: Workspace) -> Tensor:
+    def _dealt(self, batch: PackedBatch, num_streams: int) -> PackedBatch:
+        return batch if num_streams == 1 else batch.side_by_side(num_streams, self._side_streams)
+
+    def _num_streams(self, batch: PackedBatch, feed: Feed) -> int:
+        """For the operators of a batch that no graph computes."""
+        if self._operator_streams == 1 or (groups := batch.deltas.num_groups) < 2:
+            return 1
+        return self._operator_streams or feed.operator_streams(groups)
+
+    def _counts_for_graph(self, batch: PackedBatch) -> Sequence[int]:
+        """Numbers of streams to capture a batch with, of which the fastest is kept."""
+        groups = max(1, batch.deltas.num_groups)
+        return (min(self._operator_streams, groups),) if self._operator_streams else stream_counts(groups)
+
+    def _layers(self, batch: PackedBatch, space: Workspace, num_streams: int = 1) -> Tensor:
         """All layers of a batch whose tensors are on the model's device, and which nobody leaves."""
-        return self._all_layers(self.encoder, batch, space, _Nothing(), None, {})[0]
+        return self._all_layers(self.encoder, self._dealt(batch, num_streams), space, _Nothing(), None, {})[0]
 
     def _all_layers(
         self,
@@ -228,7 +252,8 @@ class Model:
                     return hidden[:0], None
                 gone = len(left)
                 hidden = hidden.index_select(0, rows_of(batch, rest).to(hidden.device))
-                batch = self._moved(batch.only(rest, self.config, self.embed_head))
+                fewer = batch.only(rest, self.config, self.embed_head)
+                batch = self._moved(fewer, batch.deltas.num_streams)
                 attention = encoder.attention(batch.rows)
             feed.before_layer(i)
             hidden = encoder.layer(i, hidden, attention, batch.deltas, space)
@@ -263,6 +288,9 @@ class _Nothing:
 
     def before_layer(self, i: int) -> None:
         pass
+
+    def operator_streams(self, groups: int) -> int:
+        return 1
 
 
 def _to_host(answers: list[Tensor]) -> Callable[[], list[Tensor]]:

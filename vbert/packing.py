@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +17,7 @@ from vbert.deltas import BatchDeltas
 from vbert.entry import Entry, Tokens
 from vbert.errors import ShapeError
 from vbert.ngram.index import shortened
+from vbert.side_streams import Work
 from vbert.skip import SLOTS, SkipConfig
 from vbert.tenant import Exit, Head
 
@@ -186,6 +187,13 @@ class PackedBatch:
             own.use_device_blocks(next(there))
         moved = replace(self, rows=rows, junction=None)
         return moved if self.junction is None else replace(moved, junction=self.junction.on(device, moved, buckets))
+
+    def side_by_side(self, num_streams: int, run: Callable[[Sequence[Work]], None]) -> PackedBatch:
+        """The same batch, whose operators run as `BatchDeltas.side_by_side` has them."""
+        lower = None if self.junction is None else self.junction.lower
+        beneath = lower and lower.side_by_side(num_streams, run)
+        junction = self.junction and replace(self.junction, lower=beneath)
+        return replace(self, deltas=self.deltas.side_by_side(num_streams, run), junction=junction)
 
 
 def pack_joined(sequences: Sequence[SequenceInput], config: EncoderConfig, embed_head: Head, ways: Ways) -> PackedBatch:

@@ -27,13 +27,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.experiments.pets_throughput import KINDS, load_task
+from benchmarks.experiments.pets_throughput import load_task
 from benchmarks.machine import Neighbours, commit, describe
 from benchmarks.plots import Panel, draw, plot_flag
 from benchmarks.progress import track
 from benchmarks.report import output_flags, publish
 from benchmarks.timing import interleave
-from benchmarks.workload import ALL_SHAPES, write_backbone
+from benchmarks.workload import ALL_SHAPES, PETS_KINDS, write_backbone
 from runtime.clock import MonotonicClock
 from runtime.cost import CostModel
 from runtime.policies.pooled import ProfileCosts
@@ -58,7 +58,7 @@ EFFORT = Effort(  # what the strategies ask for, and the least of all else
     rows=(16,),
     ngrams=(4,),
     modules=(1,),
-    kinds=KINDS,
+    kinds=PETS_KINDS,
     tenants=(1,),
     weights=False,
     min_repeats=2,
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = Model.load(backbone, "float32", args.device)
         cost = _cost(backbone, model, Path(folder), args.threads)
         rng = random.Random(SEED)
-        kinds = [KINDS[rng.randint(0, len(KINDS) - 1)] for _ in range(max(args.tasks))]
+        kinds = [PETS_KINDS[rng.randint(0, len(PETS_KINDS) - 1)] for _ in range(max(args.tasks))]
         probes = Probes(backbone, model.dtype, Path(folder))
         tasks = all_moved_at_once([load_task(probes, *kind, name=str(i)) for i, kind in enumerate(kinds)], model)
         for count, std in track(list(itertools.product(args.tasks, args.std)), "pools"):

@@ -25,16 +25,15 @@ from benchmarks.plots import Panel, draw, plot_flag
 from benchmarks.progress import track
 from benchmarks.report import output_flags, publish
 from benchmarks.timing import interleave
-from benchmarks.workload import ALL_SHAPES, write_backbone
+from benchmarks.workload import ALL_SHAPES, PETS_KINDS, write_backbone
 from runtime.probes import Probes
 from runtime.uploads import all_moved_at_once
 from vbert.arena import ResidentTenant
 from vbert.formats import read_backbone
 from vbert.model import Model, SequenceInput
 
-__all__ = ["KINDS", "load_task", "main", "panels"]
+__all__ = ["load_task", "main", "panels"]
 
-KINDS = (("sparse", 50), ("sparse", 10), ("affine", 0), ("bottleneck", 64))  # MaskBert, Diff pruning, BitFit, adapters
 QUERIES = ((1, 128), (2, 64), (4, 32))
 FULL_MODELS = (2, 4, 8, 16)
 
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         backbone = read_backbone(write_backbone(args.shape, Path(folder) / "backbone", seed=0))
         model = Model.load(backbone, "float32", args.device)
         probes = Probes(backbone, model.dtype, Path(folder))
-        loaded = [load_task(probes, *KINDS[i % len(KINDS)], name=str(i)) for i in range(max(args.tasks))]
+        loaded = [load_task(probes, *PETS_KINDS[i % len(PETS_KINDS)], name=str(i)) for i in range(max(args.tasks))]
         models = [load_task(probes, "weights", 0, name=str(i)) for i in range(max(args.full_models, default=0))]
         tasks, whole = all_moved_at_once(loaded, model), all_moved_at_once(models, model)
         rows = _memory(tasks, whole)

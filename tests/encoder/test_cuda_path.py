@@ -137,6 +137,44 @@ def test_the_least_recently_used_graph_goes(backbone, monkeypatch):
         assert found.find(batches[1]) is None
 
 
+def test_a_graph_is_captured_for_the_fastest_number_of_streams(backbone, monkeypatch):
+    monkeypatch.setattr(Encoder, "takes_varlen", True)
+    monkeypatch.setattr(attention, "varlen_attn", each_sequence_alone)
+    monkeypatch.setattr(graphs, "_replay_ms", lambda captured: captured[0]())
+    model, captured = Model.load(backbone, "float32", "cpu"), []
+    milliseconds = {1: 3.0, 2: 1.0, 4: 2.0}
+
+    def forward(batch, space, num_streams):
+        captured.append(num_streams)
+        return model._layers(batch, space) * 0 + num_streams
+
+    def capture(function):
+        out = function()
+        milliseconds_of = milliseconds[captured[-1]]
+        return lambda: milliseconds_of, out
+
+    batch = model.pack([SequenceInput([5] * 30, [0] * 30)])
+    with torch.inference_mode():
+        found = HiddenGraphs(forward, model._new_space, capture, lambda _: (1, 2, 4))
+        graph = [found.find(batch) for _ in range(3)][-1]
+        assert captured == [1, 2, 4]
+        assert graph.run(batch).unique().tolist() == [2]
+
+
+def test_classes_that_share_rows_make_another_signature(backbone, tmp_path):
+    """One graph for both would run the classes of one tenant side by side."""
+    bench, factory = Bench(backbone, "float32", tmp_path), Factory(backbone, seed=5)
+    lora, ia3, both = (bench.load(factory.tenant(*kinds)) for kinds in (["lora"], ["ia3"], ["lora", "ia3"]))
+
+    def signature(*tenants):
+        return Signature.of(bench.model.pack([SequenceInput([5] * 30, [0] * 30, tenant) for tenant in tenants]))
+
+    apart, together = signature(lora, ia3), signature(both, both)
+    assert set(apart.classes) == set(together.classes)
+    assert (apart.groups, together.groups) == ((0, 1), (0, 0))
+    assert signature(lora, both).groups == (0, 0)
+
+
 def test_heads_of_one_shape_share_their_products(monkeypatch):
     """As on a GPU, where `run_heads` groups by shape."""
 

@@ -104,6 +104,8 @@ class FakeStream:
             join(self.clock, event.clock)
             self.queue.append(event)
 
+    record_event, wait_event = record, wait  # as torch names them
+
     def uses(self, tensor):
         self.device.used.append((self.name, span(tensor)))
 
@@ -203,7 +205,7 @@ class FakeDevice:
     # ---- faults --------------------------------------------------------------------------------------------------
 
     def drops(self, where):
-        if where.startswith("runtime/"):
+        if where.startswith(("runtime/", "vbert/")):
             self.sites.add(where)
         return bool(where) and where == self._drop
 

@@ -5,7 +5,7 @@ Sources: Ben Zaken et al. 2021, arXiv:2106.10199; Liu et al. 2022, arXiv:2205.05
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -13,18 +13,25 @@ from vbert.kernels.segmented_affine import segmented_affine
 from vbert.kernels.segmented_layer_norm import segmented_layer_norm
 from vbert.peft.use import ClassUse
 
-__all__ = ["replace_norm", "scale_and_shift", "scale_input"]
+__all__ = ["changes_output", "replace_norm", "scale_and_shift", "scale_input", "scales_input"]
 
 
-def scale_input(uses: Sequence[ClassUse], layer: int, site: str, x: Tensor, *, in_place: bool) -> Tensor:
-    """x times each tenant's input scale, for the tenants that have one; a copy unless `in_place`."""
+def scales_input(uses: Sequence[ClassUse], layer: int, site: str) -> bool:
+    """Whether a tenant has an input scale there."""
+    return any("input_scale" in found[1] for use in uses if (found := use.at(layer, site)))
+
+
+def scale_input(uses: Sequence[ClassUse], layer: int, site: str, x: Tensor) -> None:
+    """x times each tenant's input scale, in place, for the tenants that have one."""
     for use in uses:
         found = use.at(layer, site)
         if found and "input_scale" in found[1]:
-            out = x if in_place else x.clone()
-            x = segmented_affine(out, found[1]["input_scale"], None, use.segments, out=out)
-            in_place = True
-    return x
+            segmented_affine(x, found[1]["input_scale"], None, use.segments, out=x)
+
+
+def changes_output(uses: Sequence[ClassUse], layer: int, sites: Iterable[str]) -> bool:
+    """Whether a tenant has a scale or a shift at one of the sites."""
+    return any({"scale", "shift"} & found[1].keys() for use in uses for s in sites if (found := use.at(layer, s)))
 
 
 def scale_and_shift(uses: Sequence[ClassUse], layer: int, outs: Mapping[str, Tensor]) -> None:
