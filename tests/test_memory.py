@@ -64,6 +64,22 @@ def test_free_memory_serves_any_size_again():
     assert len(list(iter(large.take, None))) == len(list(iter(fresh.take, None))) > 10
 
 
+def test_large_slots_lie_side_by_side():
+    """Four slots of a little under 3 MiB fill a buffer of 12, also after something else lay there."""
+    memory = slabs(12 * MIB)
+    small, large = memory.region([(300, torch.float32)]), memory.region([(29 * MIB // 40, torch.float32)])
+    assert large.least_bytes == 3 * MIB
+    for _ in range(2):
+        taken = list(iter(large.take, None))
+        assert len(taken) == 4
+        for i, slot in enumerate(taken):
+            fill(large, slot, i)
+        assert all(holds(large, slot, i) for i, slot in enumerate(taken))
+        for slot in taken:
+            large.give_back(slot)
+        small.give_back(small.take())
+
+
 def test_a_slot_says_who_else_must_go_before_others_get_its_memory():
     small = regions(slabs())[0]
     first, second = small.take(), small.take()

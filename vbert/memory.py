@@ -127,12 +127,28 @@ class Slabs:
     def take(self, count: int) -> int | None:
         """The first of so many slabs side by side, first fit."""
         for first in sorted(self._free):
-            if (length := self._free[first]) >= count:
-                del self._free[first]
-                if length > count:
-                    self._free[first + count] = length - count
+            if self._free[first] >= count:
+                self._cut(first, first, count)
                 return first
         return None
+
+    def take_slot(self, stride: int) -> tuple[int, int] | None:
+        """Slabs that a slot of so many bytes lies in, at the first free multiple of them: the first, and how many."""
+        for free in sorted(self._free):
+            slot = -(-free * _SLAB_BYTES // stride)
+            first, end = slot * stride // _SLAB_BYTES, -(-(slot + 1) * stride // _SLAB_BYTES)
+            if end <= free + self._free[free]:
+                self._cut(free, first, end - first)
+                return first, end - first
+        return None
+
+    def _cut(self, free: int, first: int, count: int) -> None:
+        """So many slabs out of the free run that begins at `free`."""
+        end = free + self._free.pop(free)
+        if first > free:
+            self._free[free] = first - free
+        if end > first + count:
+            self._free[first + count] = end - first - count
 
     def give_back(self, first: int, count: int) -> None:
         """Adjoining free runs become one."""
@@ -159,12 +175,14 @@ class _SlabRegion:
         for width, dtype in parts:
             offsets.append(end)
             end += -(-width * dtype.itemsize // _ALIGN) * _ALIGN
+        if end > _SLOTS_IN_RUN * _SLAB_BYTES:  # else its neighbours would have a slab in common with it
+            end = -(-end // _SLAB_BYTES) * _SLAB_BYTES
         self._slabs, self._stride = slabs, end
         self.arrays = tuple(
             _strided(slabs.buffer, dtype, offset, width, self._stride)
             for offset, (width, dtype) in zip(offsets, parts, strict=True)
         )
-        self.least_bytes = self._slabs_for(1) * _SLAB_BYTES
+        self.least_bytes = -(-self._stride // _SLAB_BYTES) * _SLAB_BYTES  # of an empty buffer
         self._run_of: dict[int, _Run] = {}
         self._free: list[int] = []
 
@@ -190,16 +208,20 @@ class _SlabRegion:
 
     def _grow(self) -> bool:
         """Take a run with room for several slots, but no large part of the buffer, or for one."""
-        most = self._slabs.num_bytes // _SLAB_BYTES // 8
-        for count in (min(self._slabs_for(_SLOTS_IN_RUN), most), self._slabs_for(1)):
-            if count >= self._slabs_for(1) and (first := self._slabs.take(count)) is not None:
-                begin, end = first * _SLAB_BYTES, (first + count) * _SLAB_BYTES
-                run = _Run(first, count, range(-(-begin // self._stride), end // self._stride))
-                self._run_of |= dict.fromkeys(run.slots, run)
-                for slot in run.slots:
-                    heapq.heappush(self._free, slot)
-                return True
-        return False
+        if (taken := self._take_several() or self._slabs.take_slot(self._stride)) is None:
+            return False
+        first, count = taken
+        begin, end = first * _SLAB_BYTES, (first + count) * _SLAB_BYTES
+        run = _Run(first, count, range(-(-begin // self._stride), end // self._stride))
+        self._run_of |= dict.fromkeys(run.slots, run)
+        for slot in run.slots:
+            heapq.heappush(self._free, slot)
+        return True
+
+    def _take_several(self) -> tuple[int, int] | None:
+        count = min(self._slabs_for(_SLOTS_IN_RUN), self._slabs.num_bytes // _SLAB_BYTES // 8)
+        first = self._slabs.take(count) if count >= self._slabs_for(1) else None
+        return None if first is None else (first, count)
 
     def _slabs_for(self, slots: int) -> int:
         """Wherever a run begins, so many slots lie whole inside this many slabs."""
