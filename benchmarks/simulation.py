@@ -57,6 +57,7 @@ PARTS = ("speed", "cost", "replay", "overload")
 LINE = CostModel.on_a_line(15_000.0, 0.002)  # tokens a second and seconds a batch, where no machine is meant
 TENANTS = 64
 _BATCHES = 60  # whose cost is foretold
+_QUEUE = 100_000  # inputs: nobody is refused while latencies are compared
 
 Rows = list[dict[str, Any]]
 
@@ -233,7 +234,7 @@ def _seconds(run: Callable[[], None]) -> float:
 async def _replay(args: argparse.Namespace, backbone: Backbone, cost: CostModel) -> Rows:
     rows = []
     batch_s = partial(cost.batch_s, module=("low_rank", 8))
-    world = World(batch_s=batch_s, max_batch_tokens=args.max_batch_tokens)
+    world = World(batch_s=batch_s, max_batch_tokens=args.max_batch_tokens, max_queue_inputs=_QUEUE)
     tokenizer = Tokenizer.load(backbone.folder, backbone.config)
     modules = [write_tenant(module) for module in random_loras(backbone, TENANTS, seed=0)]
     for load in args.loads:
@@ -245,6 +246,9 @@ async def _replay(args: argparse.Namespace, backbone: Backbone, cost: CostModel)
                 store=str(Path(folder) / "store"),
                 compute_threads=args.threads,
                 max_batch_tokens=args.max_batch_tokens,
+                max_queue_inputs=_QUEUE,
+                max_caller_share=1.0,
+                default_deadline_s=600.0,
                 record=str(log),
                 profile=str(profile),
             )
