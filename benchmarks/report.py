@@ -293,8 +293,8 @@ TABLES: dict[str, Callable[[], str]] = {
 
 # ---- output of one run -------------------------------------------------------------------------------------------
 
-_PARAMETERS = ("shape", "dtype", "lengths", "tenants", "concurrency", "budget", "lanes", "neighbour")
-_MEASURED = ("requests_per_s", "to_quiet", "p50_ms", "p99_ms", "spread")
+_PARAMETERS = ("set", "shape", "dtype", "lengths", "tenants", "concurrency", "budget", "lanes", "neighbour")
+_MEASURED = ("requests_per_s", "to_quiet", "p50_ms", "p99_ms", "spread", "accuracy", "agreement", "fits")
 
 
 def output_flags(parser: argparse.ArgumentParser) -> None:

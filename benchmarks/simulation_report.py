@@ -42,6 +42,7 @@ def tables(
         "pets_throughput": lambda: _pets(results("pets_throughput")[-1], where, markdown),
         "pets_memory": lambda: _pets_memory(results("pets_throughput")[-1]["rows"], markdown),
         "fastptm_switch": lambda: _switch(results("fastptm_switch")[-1], where, markdown),
+        "fastptm_compress": lambda: _compress(results("fastptm_compress")[-1]["rows"], markdown),
     }
 
 
@@ -165,6 +166,19 @@ def _switch(result: Row, where: Callable[[Mapping[str, Any]], str], markdown: Ma
         for row in result["rows"]
     ]
     return where(result) + markdown(header, body)
+
+
+def _compress(rows: list[Row], markdown: Markdown) -> str:
+    """One line a set and tenant, next to the whole model."""
+    header = ["set", "tenant", "accuracy", "to whole", "agreement", "logits differ by, at most", "mean", "MiB"]
+    body: list[list[object]] = []
+    for row in rows:
+        whole = next(each for each in rows if each["set"] == row["set"] and each["system"] == "whole")
+        apart = row["accuracy"] - whole["accuracy"]
+        differ = [f"{row[name]:.2g}" for name in ("logit_max", "logit_mean")]
+        told = [row["system"], f"{row['accuracy']:.1%}", f"{100 * apart:+.1f}", f"{row['agreement']:.1%}"]
+        body.append([row["set"], *told, *differ, round(row["bytes"] / 2**20, 2), f"{row['fits']:g}"])
+    return markdown([*header, "in the memory of one model"], body)
 
 
 # ---- PetS ----------------------------------------------------------------------------------------------------------
