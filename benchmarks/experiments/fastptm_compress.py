@@ -3,8 +3,10 @@
 For each set, all weights of the backbone and a classifier are trained by `transformers`, the model is compressed as
 `vbert tenants compress` does it, and each tenant answers the rows of the test set by `Model.forward` in float32:
 
-- *whole*: the model as own weights;
-- *rank R*: the change of each linear as a low-rank delta, and *density D*: its largest numbers as a sparse one;
+- *whole*: the model as own weights, and *but tables*: the same with the embeddings of the backbone, for which there is
+  no delta: what is lost there, no rank brings back;
+- *rank R*: the change of each linear as a low-rank delta, and *density D*: its largest numbers as a sparse one; some
+  training texts are what they are *fitted* to;
 - *LoRA R*: no model, but a LoRA that `vbert train` makes of the same rows with training/recipes/lora.toml.
 
 agreement: part of the rows with the same best label as by the model in `transformers`; logit_max, logit_mean: how far
@@ -14,11 +16,12 @@ logits are from its own. bytes: in memory; fits: how many such tenants take as m
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +44,11 @@ from vbert.errors import ConfigError
 from vbert.formats import Backbone, read_backbone, read_tenant
 from vbert.formats.compressed import Compression, compress_folder
 from vbert.formats.convert import to_own_file
+from vbert.formats.transformers_head import own_weights, read_whole_model
 from vbert.header import read_header
 from vbert.model import Model, SequenceInput
-from vbert.tokenizer import Tokenizer
+from vbert.tenant import TenantModule
+from vbert.tokenizer import Encoded, Tokenizer
 
 __all__ = ["main"]
 
@@ -64,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for row in _measure(name, backbone, args):
             rows.append({"set": name} | row)
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    settings = ("epochs", "batch_size", "lr", "max_train_rows", "max_test_rows", "seed")
+    settings = ("epochs", "batch_size", "lr", "max_train_rows", "max_test_rows", "fit_texts", "seed")
     result = {
         "benchmark": "fastptm_compress",
         "machine": describe() | neighbours.report(),
@@ -85,12 +90,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sets", nargs="+", default=["trec", "banking77", "sst2"])
     parser.add_argument("--ranks", type=int, nargs="*", default=[4, 8, 16, 32, 64, 128, 256])
     parser.add_argument("--densities", type=float, nargs="*", default=[0.001, 0.01, 0.05])
+    parser.add_argument("--fit-texts", type=int, default=300, help="of the training rows; 0: nothing is fitted")
     parser.add_argument("--lora", type=int, nargs="*", default=[8], metavar="RANK")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-4, help="the highest, of all weights")
     parser.add_argument("--max-train-rows", type=int, default=3000)
-    parser.add_argument("--max-test-rows", type=int, default=1000)
+    parser.add_argument("--max-test-rows", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--models", type=Path, help="where models are kept, and not trained again", metavar="FOLDER")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw accuracy over rank, .png, .svg or .pdf")
@@ -104,13 +110,19 @@ class Task:
     labels: tuple[str, ...]
     train: Dataset
     test: Dataset
+    tokenizer: Tokenizer
 
     @classmethod
     def read(cls, name: str, backbone: Backbone, args: argparse.Namespace) -> Task:
         train, test = (read_rows(args.data / name / f"{part}.jsonl.gz", "classify") for part in ("train", "test"))
         labels, tokenizer = label_names(train), Tokenizer.load(backbone.folder, backbone.config)
         drawn = _drawn(train, args.max_train_rows, args.seed), _drawn(test, args.max_test_rows, 0)
-        return cls(labels, *(Dataset(tokenise(rows, tokenizer, labels, _MAX_LENGTH)) for rows in drawn))
+        return cls(labels, *(Dataset(tokenise(rows, tokenizer, labels, _MAX_LENGTH)) for rows in drawn), tokenizer)
+
+    def texts(self, count: int) -> list[Encoded]:
+        """Of the rows that are learnt."""
+        inputs = [example.row.input for example in self.train.examples[:count]]
+        return self.tokenizer.encode(inputs, max_length=_MAX_LENGTH, offsets=False)
 
     @property
     def targets(self) -> Tensor:
@@ -134,15 +146,24 @@ def _measure(name: str, backbone: Backbone, args: argparse.Namespace) -> Iterato
         server = Server(backbone, Path(scratch))
         whole, model_bytes = server.answers(write_tenant(read_tenant(kept, backbone)), task.test)
         yield {"system": "whole"} | _judged(whole, expected, task, model_bytes, model_bytes)
-        for compression in _compressions(args):
-            compressed = compress_folder(kept, backbone, compression)
+        answers, num_bytes = server.answers(write_tenant(_but_tables(kept, backbone)), task.test)
+        yield {"system": "but tables"} | _judged(answers, expected, task, num_bytes, model_bytes)
+        for compression, fit_texts in itertools.product(_compressions(args), dict.fromkeys((0, args.fit_texts))):
+            compressed = compress_folder(kept, backbone, compression, inputs=task.texts(fit_texts))
             answers, num_bytes = server.answers(to_own_file(compressed.module, backbone), task.test)
-            row = {"system": _name(compression), "rank": compression.max_rank, "lost_part": round(compressed.error, 4)}
+            row = {"system": _name(compression) + (", fitted" if fit_texts else ""), "rank": compression.max_rank}
+            row |= {"fit_texts": fit_texts, "lost_part": round(compressed.error, 4)}
             yield row | _judged(answers, expected, task, num_bytes, model_bytes)
         for rank in args.lora:
             file = _train_lora(name, rank, args, Path(scratch) / "lora.safetensors")
             answers, num_bytes = server.answers(file.read_bytes(), task.test)
             yield {"system": f"LoRA {rank}"} | _judged(answers, expected, task, num_bytes, model_bytes)
+
+
+def _but_tables(folder: Path, backbone: Backbone) -> TenantModule:
+    module, original = read_whole_model(folder, backbone)
+    tables = {name: weight for name, weight in backbone.weights.items() if "." not in name}
+    return replace(module, deltas=tuple(own_weights(replace(original, weights=original.weights | tables))))
 
 
 def _compressions(args: argparse.Namespace) -> Iterator[Compression]:
@@ -259,11 +280,13 @@ def _plot(path: Path, rows: Sequence[Result]) -> None:
         raise ConfigError("--plot needs matplotlib; install vbert[plots], or leave --plot out") from error
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for name in dict.fromkeys(row["set"] for row in rows):
+    for i, name in enumerate(dict.fromkeys(row["set"] for row in rows)):
         of_set = [row for row in rows if row["set"] == name]
-        ranked = [row for row in of_set if row.get("rank")]
-        (line,) = axes.plot([row["rank"] for row in ranked], [row["accuracy"] for row in ranked], "o-", label=name)
-        axes.axhline(of_set[0]["accuracy"], color=line.get_color(), linestyle="--")
+        axes.axhline(of_set[0]["accuracy"], color=f"C{i}", linestyle="--")
+        for marker, fitted in (("o-", False), ("s-", True)):
+            ranked = [row for row in of_set if row.get("rank") and bool(row["fit_texts"]) is fitted]
+            points = [row["rank"] for row in ranked], [row["accuracy"] for row in ranked]
+            axes.plot(*points, marker, color=f"C{i}", label=name + (", fitted" if fitted else ""))
     axes.set(xlabel="rank", ylabel="accuracy")
     axes.set_xscale("log", base=2)
     axes.legend()
