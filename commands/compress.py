@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from commands.output import show
 if TYPE_CHECKING:
     from vbert.formats.compressed import Compressed
     from vbert.formats.transformers_folder import Backbone
-    from vbert.tokenizer import Encoded, Input
+    from vbert.tokenizer import Encoded
 
 __all__ = ["add_flags", "run"]
 
@@ -25,9 +24,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, default=64, help="the most of a weight's change; 0: sparse only")
     parser.add_argument("--error", type=float, default=0.05, help="part of a change that may be lost for a lower rank")
     parser.add_argument("--density", type=float, default=0.05, help="part of the weights that sparse changes keep")
-    parser.add_argument("--fit-texts", help="file of texts like those to come, for which it is fitted", metavar="FILE")
     parser.add_argument("--texts", help=".txt or .jsonl file to compare the answers on, also with .gz", metavar="FILE")
-    parser.add_argument("--max-texts", type=int, default=200, metavar="N", help="of each of these files")
+    parser.add_argument("--max-texts", type=int, default=200, metavar="N")
     parser.add_argument("--store-dtype", choices=("float32", "bfloat16"), default="float32", help="of the file")
 
 
@@ -37,10 +35,8 @@ def run(args: argparse.Namespace) -> None:
     from vbert.formats import read_backbone
     from vbert.formats.compressed import Compression, compress_folder
     from vbert.formats.convert import to_own_file
-    from vbert.formats.original import TEXTS
 
     backbone = read_backbone(args.backbone)
-    inputs = _inputs(args.texts, args.max_texts, backbone, TEXTS)
     compression = Compression(max_rank=args.rank, max_error=args.error, max_density=args.density)
     with progress_bar() as progress:
         compressed = compress_folder(
@@ -48,24 +44,24 @@ def run(args: argparse.Namespace) -> None:
             backbone,
             compression,
             task=args.task,
-            inputs=_inputs(args.fit_texts, args.max_texts, backbone),
             progress=lambda done, total: progress("compressing layers", done, total),
         )
         data = to_own_file(compressed.module, backbone, args.store_dtype)
         ours, theirs = (backbone, compressed.module), (compressed.original, compressed.whole)
-        report = compare_answers(ours, theirs, inputs, progress)
+        report = compare_answers(ours, theirs, _inputs(args, backbone), progress)
     out = Path(args.file)
     out.write_bytes(data)
     show({"file": str(out), "num_bytes": len(data)} | _losses(compressed) | report, as_json=args.json)
 
 
-def _inputs(file: str | None, max_texts: int, backbone: Backbone, default: Sequence[Input] = ()) -> list[Encoded]:
+def _inputs(args: argparse.Namespace, backbone: Backbone) -> list[Encoded]:
     from itertools import islice
 
     from training.texts import read_texts
+    from vbert.formats.original import TEXTS
     from vbert.tokenizer import Tokenizer
 
-    texts = list(islice(read_texts(file), max_texts)) if file else list(default)
+    texts = list(islice(read_texts(args.texts), args.max_texts)) if args.texts else list(TEXTS)
     tokenizer = Tokenizer.load(backbone.folder, backbone.config)
     return tokenizer.encode(texts, max_length=backbone.config.max_length, offsets=False)
 

@@ -5,8 +5,7 @@ For each set, all weights of the backbone and a classifier are trained by `trans
 
 - *whole*: the model as own weights, and *but tables*: the same with the embeddings of the backbone, for which there is
   no delta: what is lost there, no rank brings back;
-- *rank R*: the change of each linear as a low-rank delta, and *density D*: its largest numbers as a sparse one; some
-  training texts are what they are *fitted* to;
+- *rank R*: the change of each linear as a low-rank delta, and *density D*: its largest numbers as a sparse one;
 - *LoRA R*: no model, but a LoRA that `vbert train` makes of the same rows with training/recipes/lora.toml.
 
 agreement: part of the rows with the same best label as by the model in `transformers`; logit_max, logit_mean: how far
@@ -16,7 +15,6 @@ logits are from its own. bytes: in memory; fits: how many such tenants take as m
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import sys
 import tempfile
@@ -32,6 +30,7 @@ from transformers import logging as transformers_logging
 
 from benchmarks.machine import Neighbours, commit, describe
 from benchmarks.report import ROOT, output_flags, publish
+from benchmarks.serving import BACKBONE
 from runtime.blobs import digest_of
 from training.batches import Dataset
 from training.config import TrainConfig, read_recipe
@@ -48,10 +47,11 @@ from vbert.formats.transformers_head import own_weights, read_whole_model
 from vbert.header import read_header
 from vbert.model import Model, SequenceInput
 from vbert.tenant import TenantModule
-from vbert.tokenizer import Encoded, Tokenizer
+from vbert.tokenizer import Tokenizer
 
 __all__ = ["main"]
 
+_EPOCHS = {"trec": 4, "banking77": 8, "sst2": 4}
 _MAX_LENGTH = 128
 _TEST_BATCH = 64
 _ARENA_BYTES = 2 * 2**30  # address space, not memory
@@ -69,12 +69,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         for row in _measure(name, backbone, args):
             rows.append({"set": name} | row)
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    settings = ("epochs", "batch_size", "lr", "max_train_rows", "max_test_rows", "fit_texts", "seed")
+    settings = ("batch_size", "lr", "max_train_rows", "max_test_rows", "seed")
+    epochs = {name: _epochs(name, args) for name in args.sets}
     result = {
         "benchmark": "fastptm_compress",
         "machine": describe() | neighbours.report(),
         "commit": commit(),
-        "config": {"backbone": backbone.name} | {setting: getattr(args, setting) for setting in settings},
+        "config": {setting: getattr(args, setting) for setting in settings}
+        | {"epochs": epochs, "backbone": backbone.name},
         "rows": rows,
     }
     if args.plot:
@@ -86,43 +88,41 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="vbert bench fastptm_compress", description=__doc__)
     output_flags(parser)
     parser.add_argument("--data", type=Path, required=True, help="folder with one folder a set", metavar="DIR")
-    parser.add_argument("--backbone", required=True, metavar="FOLDER")
-    parser.add_argument("--sets", nargs="+", default=["trec", "banking77", "sst2"])
+    parser.add_argument("--backbone", default=str(BACKBONE), metavar="FOLDER")
+    parser.add_argument("--sets", nargs="+", default=list(_EPOCHS))
     parser.add_argument("--ranks", type=int, nargs="*", default=[4, 8, 16, 32, 64, 128, 256])
     parser.add_argument("--densities", type=float, nargs="*", default=[0.001, 0.01, 0.05])
-    parser.add_argument("--fit-texts", type=int, default=300, help="of the training rows; 0: nothing is fitted")
     parser.add_argument("--lora", type=int, nargs="*", default=[8], metavar="RANK")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, help="of every set (default: 4; of banking77, for its many classes, 8)")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-4, help="the highest, of all weights")
     parser.add_argument("--max-train-rows", type=int, default=3000)
     parser.add_argument("--max-test-rows", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--models", type=Path, help="where models are kept, and not trained again", metavar="FOLDER")
+    parser.add_argument("--models", type=Path, help="keeps models; those found are not trained again", metavar="FOLDER")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw accuracy over rank, .png, .svg or .pdf")
     return parser.parse_args(argv)
+
+
+def _epochs(name: str, args: argparse.Namespace) -> int:
+    return args.epochs or _EPOCHS.get(name, 4)
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
     """One set: its labels, and the rows that are learnt and tested."""
 
+    name: str
     labels: tuple[str, ...]
     train: Dataset
     test: Dataset
-    tokenizer: Tokenizer
 
     @classmethod
     def read(cls, name: str, backbone: Backbone, args: argparse.Namespace) -> Task:
         train, test = (read_rows(args.data / name / f"{part}.jsonl.gz", "classify") for part in ("train", "test"))
         labels, tokenizer = label_names(train), Tokenizer.load(backbone.folder, backbone.config)
         drawn = _drawn(train, args.max_train_rows, args.seed), _drawn(test, args.max_test_rows, 0)
-        return cls(labels, *(Dataset(tokenise(rows, tokenizer, labels, _MAX_LENGTH)) for rows in drawn), tokenizer)
-
-    def texts(self, count: int) -> list[Encoded]:
-        """Of the rows that are learnt."""
-        inputs = [example.row.input for example in self.train.examples[:count]]
-        return self.tokenizer.encode(inputs, max_length=_MAX_LENGTH, offsets=False)
+        return cls(name, labels, *(Dataset(tokenise(rows, tokenizer, labels, _MAX_LENGTH)) for rows in drawn))
 
     @property
     def targets(self) -> Tensor:
@@ -148,11 +148,10 @@ def _measure(name: str, backbone: Backbone, args: argparse.Namespace) -> Iterato
         yield {"system": "whole"} | _judged(whole, expected, task, model_bytes, model_bytes)
         answers, num_bytes = server.answers(write_tenant(_but_tables(kept, backbone)), task.test)
         yield {"system": "but tables"} | _judged(answers, expected, task, num_bytes, model_bytes)
-        for compression, fit_texts in itertools.product(_compressions(args), dict.fromkeys((0, args.fit_texts))):
-            compressed = compress_folder(kept, backbone, compression, inputs=task.texts(fit_texts))
+        for compression in _compressions(args):
+            compressed = compress_folder(kept, backbone, compression)
             answers, num_bytes = server.answers(to_own_file(compressed.module, backbone), task.test)
-            row = {"system": _name(compression) + (", fitted" if fit_texts else ""), "rank": compression.max_rank}
-            row |= {"fit_texts": fit_texts, "lost_part": round(compressed.error, 4)}
+            row = {"system": _name(compression), "rank": compression.max_rank, "lost_part": round(compressed.error, 4)}
             yield row | _judged(answers, expected, task, num_bytes, model_bytes)
         for rank in args.lora:
             file = _train_lora(name, rank, args, Path(scratch) / "lora.safetensors")
@@ -174,7 +173,7 @@ def _compressions(args: argparse.Namespace) -> Iterator[Compression]:
 
 
 def _name(compression: Compression) -> str:
-    return f"rank {compression.max_rank}" if compression.max_rank else f"density {compression.max_density:.1%}"
+    return f"rank {compression.max_rank}" if compression.max_rank else f"density {100 * compression.max_density:g} %"
 
 
 def _judged(answers: Tensor, expected: Tensor, task: Task, num_bytes: int, model_bytes: int) -> Result:
@@ -205,11 +204,12 @@ def _fine_tune(backbone: Backbone, task: Task, args: argparse.Namespace) -> Any:
         backbone.folder, num_labels=len(labels), id2label=labels, label2id={label: i for i, label in labels.items()}
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
-    num_steps = args.epochs * -(-len(task.train) // args.batch_size)
+    epochs = _epochs(task.name, args)
+    num_steps = epochs * -(-len(task.train) // args.batch_size)
     schedule = get_linear_schedule_with_warmup(optimizer, round(0.1 * num_steps), num_steps)
     generator = torch.Generator().manual_seed(args.seed)
     model.train()
-    for _ in range(args.epochs):
+    for _ in range(epochs):
         for indices in task.train.shuffled(args.batch_size, generator):
             batch, target = task.train.batch(indices, _CPU)
             model(**_arguments(batch), labels=target).loss.backward()
@@ -282,11 +282,9 @@ def _plot(path: Path, rows: Sequence[Result]) -> None:
     axes = figure.subplots()
     for i, name in enumerate(dict.fromkeys(row["set"] for row in rows)):
         of_set = [row for row in rows if row["set"] == name]
+        ranked = [row for row in of_set if row.get("rank")]
+        axes.plot([row["rank"] for row in ranked], [row["accuracy"] for row in ranked], f"C{i}o-", label=name)
         axes.axhline(of_set[0]["accuracy"], color=f"C{i}", linestyle="--")
-        for marker, fitted in (("o-", False), ("s-", True)):
-            ranked = [row for row in of_set if row.get("rank") and bool(row["fit_texts"]) is fitted]
-            points = [row["rank"] for row in ranked], [row["accuracy"] for row in ranked]
-            axes.plot(*points, marker, color=f"C{i}", label=name + (", fitted" if fitted else ""))
     axes.set(xlabel="rank", ylabel="accuracy")
     axes.set_xscale("log", base=2)
     axes.legend()

@@ -5,16 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.tiny import TEXTS as FITTED
 from training.compare_answers import compare_answers
 from vbert.checkpoint import write_tenant
-from vbert.config import LINEAR_SITES, MODEL_TYPES
+from vbert.config import MODEL_TYPES
 from vbert.errors import RefusedCheckpoint
 from vbert.formats import read_tenant
 from vbert.formats.compressed import Compression, compress_folder, worst
-from vbert.formats.input_moments import InputMoments
-from vbert.formats.original import watch_linears
-from vbert.reference import dense_forward, merge
+from vbert.reference import dense_forward
 from vbert.tenant import Affine, LowRank, Norm, OwnWeights, Sparse
 from vbert.tokenizer import Tokenizer
 
@@ -123,39 +120,6 @@ def test_without_ranks_the_largest_changes_are_kept(bases, tmp_path):
         assert loss.error == pytest.approx(float(left.norm() / whole.norm()), abs=1e-4)
         errors.append(compressed.error)
     assert errors[0] > errors[1] > errors[2]
-
-
-@pytest.mark.parametrize("compression", [Compression(max_rank=4), Compression(max_rank=0, max_density=0.05)])
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_fitted_to_texts_less_is_lost_of_what_leaves_each_linear(bases, tmp_path, model_type, compression):
-    backbone = bases[model_type]
-    folder = fine_tuned(backbone, tmp_path, full_rank)
-    tokenizer = Tokenizer.load(backbone.folder, backbone.config)
-    inputs = tokenizer.encode(list(FITTED), max_length=backbone.config.max_length, offsets=False)
-    plain, fitted = (compress_folder(folder, backbone, compression, inputs=fit) for fit in ((), inputs))
-    entering = {}
-    watch_linears(plain.original, inputs, lambda layer, site, rows: entering.setdefault((layer, site), []).append(rows))
-    assert len(entering) == 2 * len(LINEAR_SITES)
-    for (layer, site), parts in entering.items():
-        rows, name = torch.cat(parts), f"layers.{layer}.{site}"
-        expected = rows @ plain.original.weights[f"{name}.weight"].T + plain.original.weights[f"{name}.bias"]
-        lost = []
-        for module in (plain.module, fitted.module):
-            weights = merge(backbone.weights, module.deltas)
-            lost.append(expected - rows @ weights[f"{name}.weight"].T - weights[f"{name}.bias"])
-        assert lost[1].norm() < lost[0].norm()
-        torch.testing.assert_close(lost[1].mean(0), torch.zeros(len(lost[1][0])), atol=1e-4, rtol=0)
-
-
-def test_moments_are_those_of_the_rows_that_enter():
-    torch.manual_seed(0)
-    rows = torch.randn(500, 3) @ torch.randn(3, 3) + 1
-    moments = InputMoments(3)
-    for part in rows.split(100):
-        moments.add(part)
-    torch.testing.assert_close(moments.mean, rows.mean(0))
-    damped = rows.T.cov(correction=0) + 0.01 * rows.var(0, correction=0).mean() * torch.eye(3)
-    torch.testing.assert_close(moments.factor() @ moments.factor().T, damped, atol=1e-4, rtol=1e-4)
 
 
 def test_embeddings_stay_the_backbones_and_that_is_told(bases, tmp_path):

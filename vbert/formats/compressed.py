@@ -2,9 +2,8 @@
 
 Biases, LayerNorms and the head are kept as they are. The change of each linear's weight becomes a sparse delta where
 few weights changed, else a low-rank one of the smallest rank that leaves no more than a given part of it, or, without
-ranks, its largest numbers. With texts like those to come, a rank keeps what matters to the rows that enter there, and
-biases make up for the mean of what is lost. Embeddings stay the backbone's, for which there is no delta; how much is
-lost is told, and has to be looked at.
+ranks, its largest numbers. Embeddings stay the backbone's, for which there is no delta; how much is lost is told, and
+has to be looked at.
 """
 
 from __future__ import annotations
@@ -18,22 +17,20 @@ from torch import Tensor
 
 from vbert.config import EMBEDDING_LAYER, LINEAR_SITES, NORM_SITES
 from vbert.errors import RefusedCheckpoint
-from vbert.formats.input_moments import InputMoments, input_moments
 from vbert.formats.native import bias_to_affine, diff_to_sparse
 from vbert.formats.tensors import malformed_is_corrupt
 from vbert.formats.transformers_folder import Backbone
 from vbert.formats.transformers_head import read_whole_model
 from vbert.tenant import Delta, LowRank, Norm, TenantModule
-from vbert.tokenizer import Encoded
 
 __all__ = ["Compressed", "Compression", "WeightLoss", "compress_folder", "worst"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compression:
-    """max_rank: of a low-rank delta; 0: there are none. max_error: part of a weight's change (by Frobenius norm; with
-    texts, of what leaves the linear) that may be lost where max_rank allows it. max_density: part of the weights that
-    may have changed for a sparse delta, which loses none; without low-rank ones, the part of them that is kept."""
+    """max_rank: of a low-rank delta; 0: there are none. max_error: part of a weight's change (by Frobenius norm) that
+    may be lost where max_rank allows it. max_density: part of the weights that may have changed for a sparse delta,
+    which loses none; without low-rank ones, the part of them whose changes are kept."""
 
     max_rank: int = 64
     max_error: float = 0.05
@@ -87,11 +84,9 @@ def compress_folder(
     compression: Compression,
     *,
     task: str | None = None,
-    inputs: Sequence[Encoded] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Compressed:
-    """Slow: a singular value decomposition for each linear. task: a head kind, where the folder leaves it open. inputs:
-    like those to come, for which it is fitted; hundreds of texts, which `transformers` computes.
+    """Slow: a singular value decomposition for each linear. task: a head kind, where the folder leaves it open.
 
     Raises: RefusedCheckpoint for an encoder of another shape or what `read_tenant` refuses; CorruptFile.
     """
@@ -102,10 +97,9 @@ def compress_folder(
         original = replace(original, config=backbone.config, weights=original.weights | pooler)
     deltas: list[Delta] = []
     losses: list[WeightLoss] = []
-    moments = input_moments(original, inputs)
     for layer in range(backbone.config.num_layers):
         for site in LINEAR_SITES:
-            found, loss = _linear(backbone, original, layer, site, compression, moments.get((layer, site)))
+            found, loss = _linear(backbone, original, layer, site, compression)
             deltas += found
             losses += loss
         progress(layer + 1, backbone.config.num_layers)
@@ -117,35 +111,28 @@ def compress_folder(
 
 
 def _linear(
-    backbone: Backbone,
-    original: Backbone,
-    layer: int,
-    site: str,
-    compression: Compression,
-    moments: InputMoments | None,
+    backbone: Backbone, original: Backbone, layer: int, site: str, compression: Compression
 ) -> tuple[list[Delta], list[WeightLoss]]:
     """The deltas of one linear, and what is lost of its weight."""
     name = f"layers.{layer}.{site}"
     ours, theirs = backbone.weights[f"{name}.bias"], original.weights[f"{name}.bias"]
-    diff = original.weights[f"{name}.weight"] - backbone.weights[f"{name}.weight"]
     deltas: list[Delta] = []
-    losses: list[WeightLoss] = []
-    if count := int(diff.count_nonzero()):
-        most = int(compression.max_density * diff.numel())
-        if count <= most or not compression.max_rank:
-            kept = diff if count <= most else _largest(diff, max(1, most))
-            sparse = diff_to_sparse(kept, layer=layer, site=site)
-            assert sparse is not None
-            deltas, kind, size = [sparse], "sparse", len(sparse.values)
-        else:
-            a, b = _low_rank(diff, compression, moments)
-            deltas, kind, size, kept = [LowRank(layer=layer, site=site, a=a, b=b)], "low_rank", len(b), (a @ b).T
-        lost, change = diff - kept, float(diff.norm())
-        losses = [WeightLoss(weight=name, kind=kind, size=size, change=change, error=float(lost.norm()) / change)]
-        theirs = theirs if moments is None else theirs + lost @ moments.mean
     if not torch.equal(ours, theirs):
         deltas.append(bias_to_affine(ours, theirs, layer=layer, site=site))
-    return deltas, losses
+    diff = original.weights[f"{name}.weight"] - backbone.weights[f"{name}.weight"]
+    count, change = int(diff.count_nonzero()), float(diff.norm())
+    if not count:
+        return deltas, []
+    most = int(compression.max_density * diff.numel())
+    if count <= most or not compression.max_rank:
+        kept = diff if count <= most else _largest(diff, max(1, most))
+        sparse = diff_to_sparse(kept, layer=layer, site=site)
+        assert sparse is not None
+        size, error = len(sparse.values), float((diff - kept).norm()) / change
+        return [*deltas, sparse], [WeightLoss(weight=name, kind="sparse", size=size, change=change, error=error)]
+    low_rank, error = _low_rank(diff, layer, site, compression)
+    rank = low_rank.a.shape[1]
+    return [*deltas, low_rank], [WeightLoss(weight=name, kind="low_rank", size=rank, change=change, error=error)]
 
 
 def _largest(diff: Tensor, count: int) -> Tensor:
@@ -154,16 +141,15 @@ def _largest(diff: Tensor, count: int) -> Tensor:
     return torch.zeros_like(diff).flatten().index_copy(0, places, diff.flatten()[places]).view_as(diff)
 
 
-def _low_rank(diff: Tensor, compression: Compression, moments: InputMoments | None) -> tuple[Tensor, Tensor]:
-    """The best A, B of their rank for diff (Eckart, Young 1936), or with moments for what it does to such rows."""
-    factor = torch.eye(diff.shape[1]) if moments is None else moments.factor()
-    u, s, vt = torch.linalg.svd(diff @ factor, full_matrices=False)
+def _low_rank(diff: Tensor, layer: int, site: str, compression: Compression) -> tuple[LowRank, float]:
+    """The best of its rank (Eckart, Young 1936), and the part of the change that it lacks."""
+    u, s, vt = torch.linalg.svd(diff, full_matrices=False)
     lost = torch.cat([s.square().flip(0).cumsum(0).flip(0), s.new_zeros(1)]).sqrt() / s.norm()  # by rank, from 0
     enough = int((lost > compression.max_error).sum())
     rank = max(1, min(enough, compression.max_rank))
     root = s[:rank].sqrt()
-    a = torch.linalg.solve_triangular(factor.T, vt[:rank].T * root, upper=True)
-    return a.contiguous(), (u[:, :rank] * root).T.contiguous()
+    a, b = (vt[:rank].T * root).contiguous(), (u[:, :rank] * root).T.contiguous()
+    return LowRank(layer=layer, site=site, a=a, b=b), float(lost[rank])
 
 
 def _norms(backbone: Backbone, original: Backbone) -> Iterator[Norm]:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +18,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vbert.config import LINEAR_SITES
 from vbert.errors import SelfTestFailed
 from vbert.formats import locate_checkpoint
 from vbert.formats.adapterhub_folder import INTERFACE_FILE
 from vbert.formats.adapterhub_head import HEAD_FILE
-from vbert.formats.names import NAMES, module_path
+from vbert.formats.names import NAMES
 from vbert.formats.tensors import read_json, tensor_keys, weight_files
 from vbert.formats.transformers_folder import Backbone
 from vbert.reference import dense_forward
 from vbert.tenant import Head, SelfTest, TenantModule
 from vbert.tokenizer import Encoded, Tokenizer
 
-__all__ = ["TEXTS", "original_outputs", "self_tests", "watch_linears"]
+__all__ = ["TEXTS", "original_outputs", "self_tests"]
 
 TEXTS = (
     "The parcel arrived two days late, and the box was open.",
     ("Where can I see my exchange rate?", "Rates are shown in the app, under Currencies."),
     "Prince Charles met 3 engineers of Deutsche Bahn in Köln on 4 May; nobody said why.",
 )
-Watch = Callable[[int, str, Tensor], None]
 TOLERANCE = 1e-3  # of the largest expected number: far above rounding, far below a wrong reading
 
 
@@ -80,35 +77,12 @@ def original_outputs(path: Path, backbone: Backbone, module: TenantModule, input
         return []
 
 
-@torch.no_grad()
-def watch_linears(whole: Backbone, inputs: Sequence[Encoded], see: Watch) -> None:
-    """Call see(layer, site, rows [n, H_in]) with what enters each linear of a `transformers` folder, for each input."""
-    import transformers
-
-    with _quiet():
-        model = _from_pretrained(transformers.AutoModel, whole.folder, whole.embed_head)
-    for layer in range(whole.config.num_layers):
-        for site in LINEAR_SITES:
-            linear = model.get_submodule(module_path(whole.config.model_type, layer, site))
-            linear.register_forward_pre_hook(partial(_seen, see, layer, site))
-    for encoded in inputs:
-        model(**_arguments(whole, encoded))
-
-
-def _seen(see: Watch, layer: int, site: str, linear: Any, rows: tuple[Tensor]) -> None:
-    see(layer, site, rows[0].flatten(0, -2))
-
-
-def _arguments(backbone: Backbone, encoded: Encoded) -> dict[str, Tensor]:
+def _output(model: Any, head: Head, backbone: Backbone, encoded: Encoded) -> Tensor:
     arguments = {"input_ids": torch.tensor([encoded.token_ids])}
     if backbone.config.type_vocab_size:
         arguments["token_type_ids"] = torch.tensor([encoded.type_ids])
-    return arguments
-
-
-def _output(model: Any, head: Head, backbone: Backbone, encoded: Encoded) -> Tensor:
     with torch.no_grad():
-        outputs = model(**_arguments(backbone, encoded), output_hidden_states=True, return_dict=True)
+        outputs = model(**arguments, output_hidden_states=True, return_dict=True)
     if head.kind != "embed":
         logits: Tensor = outputs.logits[0].float()
         return logits
