@@ -42,7 +42,7 @@ def tables(
         "pets_throughput": lambda: _pets(results("pets_throughput")[-1], where, markdown),
         "pets_memory": lambda: _pets_memory(results("pets_throughput")[-1]["rows"], markdown),
         "fastptm_switch": lambda: _switch(results("fastptm_switch")[-1], where, markdown),
-        "fastptm_compress": lambda: _compress(results("fastptm_compress")[-1]["rows"], markdown),
+        "fastptm_compress": lambda: _compress(results("fastptm_compress"), markdown),
     }
 
 
@@ -168,16 +168,16 @@ def _switch(result: Row, where: Callable[[Mapping[str, Any]], str], markdown: Ma
     return where(result) + markdown(header, body)
 
 
-def _compress(rows: list[Row], markdown: Markdown) -> str:
-    """One line a set and tenant, next to the whole model."""
-    header = ["set", "tenant", "accuracy", "to whole", "agreement", "logits differ by, at most", "mean", "MiB"]
+def _compress(results: list[dict[str, Any]], markdown: Markdown) -> str:
+    """Every tenant next to the whole model, of the newest result of each set."""
     body: list[list[object]] = []
-    for row in rows:
-        whole = next(each for each in rows if each["set"] == row["set"] and each["system"] == "whole")
-        apart = row["accuracy"] - whole["accuracy"]
-        differ = [f"{row[name]:.2g}" for name in ("logit_max", "logit_mean")]
-        told = [row["system"], f"{row['accuracy']:.1%}", f"{100 * apart:+.1f}", f"{row['agreement']:.1%}"]
-        body.append([row["set"], *told, *differ, round(row["bytes"] / 2**20, 2), f"{row['fits']:g}"])
+    for rows in {result["rows"][0]["set"]: result["rows"] for result in results}.values():
+        (whole,) = (row["accuracy"] for row in rows if row["system"] == "whole")
+        for row in rows:
+            shares = [f"{row['accuracy']:.1%}", f"{100 * (row['accuracy'] - whole):+.1f}", f"{row['agreement']:.1%}"]
+            differ = [f"{row[name]:.2g}" for name in ("logit_max", "logit_mean")]
+            body.append([row["set"], row["system"], *shares, *differ, round(row["bytes"] / 2**20, 2), row["fits"]])
+    header = ["set", "tenant", "accuracy", "to whole", "agreement", "logits differ by, at most", "mean", "MiB"]
     return markdown([*header, "in the memory of one model"], body)
 
 

@@ -9,7 +9,8 @@ For each set, all weights of the backbone and a classifier are trained by `trans
 - *LoRA R*: no model, but a LoRA that `vbert train` makes of the same rows with training/recipes/lora.toml.
 
 agreement: part of the rows with the same best label as by the model in `transformers`; logit_max, logit_mean: how far
-logits are from its own. bytes: in memory; fits: how many such tenants take as much memory as the model.
+logits are from its own. bytes: in memory; fits: how many such tenants take as much memory as the model. A result holds
+one set, and is there when that is done.
 """
 
 from __future__ import annotations
@@ -63,25 +64,25 @@ Result = dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     transformers_logging.set_verbosity_error()
-    neighbours, backbone = Neighbours(), read_backbone(args.backbone)
-    rows: list[Result] = []
+    backbone = read_backbone(args.backbone)
+    settings = {name: getattr(args, name) for name in ("batch_size", "lr", "max_train_rows", "max_test_rows", "seed")}
+    every: list[Result] = []
     for name in args.sets:
+        neighbours, rows = Neighbours(), []
         for row in _measure(name, backbone, args):
             rows.append({"set": name} | row)
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    settings = ("batch_size", "lr", "max_train_rows", "max_test_rows", "seed")
-    epochs = {name: _epochs(name, args) for name in args.sets}
-    result = {
-        "benchmark": "fastptm_compress",
-        "machine": describe() | neighbours.report(),
-        "commit": commit(),
-        "config": {setting: getattr(args, setting) for setting in settings}
-        | {"epochs": epochs, "backbone": backbone.name},
-        "rows": rows,
-    }
+        result = {
+            "benchmark": "fastptm_compress",
+            "machine": describe() | neighbours.report(),
+            "commit": commit(),
+            "config": settings | {"epochs": _epochs(name, args), "backbone": backbone.name},
+            "rows": rows,
+        }
+        publish(result, args)
+        every += rows
     if args.plot:
-        _plot(args.plot, rows)
-    publish(result, args)
+        _plot(args.plot, every)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
