@@ -19,6 +19,7 @@ def tables(
         "fastptm_traces": lambda: _traces(results("fastptm_traces")[-1]["rows"], markdown),
         "fastptm_best": lambda: _best(results("fastptm_traces")[-1]["rows"], markdown),
         "fastptm_switch": lambda: _switch(results("fastptm_switch")[-1], where, markdown),
+        "fastptm_compress": lambda: _compress(results("fastptm_compress"), markdown),
         "fastptm_instances": lambda: _instances(results("fastptm_instances"), where, markdown),
         "pets_throughput": lambda: _pets(results("pets_throughput")[-1], where, markdown),
         "pets_batching": lambda: _batching(results("pets_batching")[-1], where, markdown),
@@ -120,6 +121,19 @@ def _instances(found: Sequence[Row], where: Callable[[Mapping[str, Any]], str], 
         body = [["-" if row[name] is None else row[name] for name in names] for row in result["rows"]]
         parts.append(f"{title}. {where(result)}{markdown([*header, 'mean s', 'p99 s'], body)}")
     return "\n\n".join(parts)
+
+
+def _compress(results: list[dict[str, Any]], markdown: Markdown) -> str:
+    """Every tenant next to the whole model, of the newest result of each set."""
+    body: list[list[object]] = []
+    for rows in {result["rows"][0]["set"]: result["rows"] for result in results}.values():
+        (whole,) = (row["accuracy"] for row in rows if row["system"] == "whole")
+        for row in rows:
+            shares = [f"{row['accuracy']:.1%}", f"{100 * (row['accuracy'] - whole):+.1f}", f"{row['agreement']:.1%}"]
+            differ = [f"{row[name]:.2g}" for name in ("logit_max", "logit_mean")]
+            body.append([row["set"], row["system"], *shares, *differ, round(row["bytes"] / 2**20, 2), row["fits"]])
+    header = ["set", "tenant", "accuracy", "to whole", "agreement", "logits differ by, at most", "mean", "MiB"]
+    return markdown([*header, "in the memory of one model"], body)
 
 
 # ---- PetS ----------------------------------------------------------------------------------------------------------

@@ -295,18 +295,10 @@ TABLES: dict[str, Callable[[], str]] = {
 # ---- output of one run -------------------------------------------------------------------------------------------
 
 _LOAD = ("lengths", "tenants", "queries", "tasks", "std", "concurrency")
-_PARAMETERS = ("shape", "dtype", *_LOAD, "budget", "lanes", "neighbour")
-_MEASURED = (
-    "requests_per_s",
-    "to_quiet",
-    "to_one_stream",
-    "to_fixed",
-    "launches",
-    "padding",
-    "p50_ms",
-    "p99_ms",
-    "spread",
-)
+_PARAMETERS = ("set", "shape", "dtype", *_LOAD, "budget", "lanes", "neighbour")
+_RATIOS = ("to_quiet", "to_one_stream", "to_fixed")
+_SPEED = ("requests_per_s", *_RATIOS, "launches", "padding", "p50_ms", "p99_ms", "spread")
+_MEASURED = (*_SPEED, "accuracy", "agreement", "fits")
 
 
 def output_flags(parser: argparse.ArgumentParser) -> None:

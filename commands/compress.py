@@ -21,9 +21,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
     add_flag(parser, "backbone", required=True, help="transformers folder of the backbone", metavar="FOLDER")
     parser.add_argument("--task", help="classify, token_classify, embed or rerank, if the folder leaves it open")
-    parser.add_argument("--rank", type=int, default=64, help="the most of a weight's change that is kept")
+    parser.add_argument("--rank", type=int, default=64, help="the most of a weight's change; 0: sparse only")
     parser.add_argument("--error", type=float, default=0.05, help="part of a change that may be lost for a lower rank")
-    parser.add_argument("--density", type=float, default=0.05, help="part of the weights, to which changes are sparse")
+    parser.add_argument("--density", type=float, default=0.05, help="part of the weights that sparse changes keep")
     parser.add_argument("--texts", help=".txt or .jsonl file to compare the answers on, also with .gz", metavar="FILE")
     parser.add_argument("--max-texts", type=int, default=200, metavar="N")
     parser.add_argument("--store-dtype", choices=("float32", "bfloat16"), default="float32", help="of the file")

@@ -32,7 +32,7 @@ def test_a_whole_model_becomes_a_small_tenant_that_is_served(vbert, backbone, fo
 def test_what_is_wrong_is_one_line(vbert, backbone, folder, tmp_path):
     where = ["--backbone", backbone.folder]
     for arguments, message in (
-        ([folder, tmp_path / "out", *where, "--rank", 0], "give a rank of at least 1"),
+        ([folder, tmp_path / "out", *where, "--rank", -1], "give a rank of at least 0"),
         ([tmp_path / "nothing", tmp_path / "out", *where], "config.json"),
         ([folder, tmp_path / "no" / "out", *where], "check the path"),
         ([folder, tmp_path / "out", *where, "--texts", "nowhere.txt"], "nowhere.txt does not exist"),

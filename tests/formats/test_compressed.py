@@ -50,6 +50,11 @@ def low_rank(name, weight):
     return weight + 0.1 * torch.randn_like(weight) if weight.ndim == 1 else None
 
 
+def full_rank(name, weight):
+    torch.manual_seed(len(name))
+    return weight + 0.05 * torch.randn_like(weight) if is_linear(name, weight) else None
+
+
 def nearness(backbone, compressed, texts=TEXTS):
     inputs = Tokenizer.load(backbone.folder, backbone.config).encode(texts, offsets=False)
     return compare_answers((backbone, compressed.module), (compressed.original, compressed.whole), inputs)
@@ -84,11 +89,7 @@ def test_a_few_changed_weights_are_kept_whole(bases, tmp_path):
 def test_a_change_of_full_rank_loses_what_is_told(bases, tmp_path):
     """The lost part of each weight is what the original lacks next to the kept one, and a lower rank loses more."""
 
-    def change(name, weight):
-        torch.manual_seed(len(name))
-        return weight + 0.05 * torch.randn_like(weight) if is_linear(name, weight) else None
-
-    folder, backbone = fine_tuned(bases["bert"], tmp_path, change), bases["bert"]
+    folder, backbone = fine_tuned(bases["bert"], tmp_path, full_rank), bases["bert"]
     errors = {}
     for rank in (2, 8, 32):
         compressed = compress_folder(folder, backbone, Compression(max_rank=rank, max_error=0.0))
@@ -103,6 +104,22 @@ def test_a_change_of_full_rank_loses_what_is_told(bases, tmp_path):
     few = compress_folder(folder, backbone, Compression(max_error=0.5))
     assert few.error == pytest.approx(0.5, abs=0.05)
     assert {loss.size for loss in few.losses} != {32}
+
+
+def test_without_ranks_the_largest_changes_are_kept(bases, tmp_path):
+    folder, backbone = fine_tuned(bases["bert"], tmp_path, full_rank), bases["bert"]
+    errors = []
+    for density in (0.0, 0.1, 0.5):
+        compressed = compress_folder(folder, backbone, Compression(max_rank=0, max_density=density))
+        delta, loss = compressed.module.deltas[0], compressed.losses[0]
+        assert {type(each) for each in compressed.module.deltas} == {Sparse}
+        assert len(delta.values) == loss.size == max(1, int(density * 32 * 32))
+        whole = compressed.original.weights[f"{loss.weight}.weight"] - backbone.weights[f"{loss.weight}.weight"]
+        left = whole.abs().flatten().sort(descending=True).values[loss.size :]
+        assert float(delta.values.abs().min()) >= float(left.max())
+        assert loss.error == pytest.approx(float(left.norm() / whole.norm()), abs=1e-4)
+        errors.append(compressed.error)
+    assert errors[0] > errors[1] > errors[2]
 
 
 def test_embeddings_stay_the_backbones_and_that_is_told(bases, tmp_path):
@@ -157,9 +174,9 @@ def test_an_encoder_of_another_shape_is_refused(bases, tmp_path):
         compress_folder(folder, bases["bert"], Compression())
 
 
-@pytest.mark.parametrize("wrong", [{"max_rank": 0}, {"max_error": 1.0}, {"max_density": -0.1}])
+@pytest.mark.parametrize("wrong", [{"max_rank": -1}, {"max_error": 1.0}, {"max_density": -0.1}])
 def test_wrong_settings_are_refused(wrong):
-    with pytest.raises(RefusedCheckpoint, match="give a rank of at least 1"):
+    with pytest.raises(RefusedCheckpoint, match="give a rank of at least 0"):
         Compression(**wrong)
 
 

@@ -1,8 +1,9 @@
 """A fully fine-tuned `transformers` folder as a tenant of the backbone it came from: what training changed, made small.
 
 Biases, LayerNorms and the head are kept as they are. The change of each linear's weight becomes a sparse delta where
-few weights changed, else a low-rank one of the smallest rank that leaves no more than a given part of it. Embeddings
-stay the backbone's, for which there is no delta; how much is lost is told, and has to be looked at.
+few weights changed, else a low-rank one of the smallest rank that leaves no more than a given part of it, or, without
+ranks, its largest numbers. Embeddings stay the backbone's, for which there is no delta; how much is lost is told, and
+has to be looked at.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ __all__ = ["Compressed", "Compression", "WeightLoss", "compress_folder", "worst"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compression:
-    """max_rank: of a low-rank delta. max_error: part of a weight's change (by Frobenius norm) that may be lost where
-    max_rank allows it. max_density: part of the weights that may have changed for a sparse delta, which loses none."""
+    """max_rank: of a low-rank delta; 0: there are none. max_error: part of a weight's change (by Frobenius norm) that
+    may be lost where max_rank allows it. max_density: part of the weights that may have changed for a sparse delta,
+    which loses none; without low-rank ones, the part of them whose changes are kept."""
 
     max_rank: int = 64
     max_error: float = 0.05
@@ -36,9 +38,9 @@ class Compression:
 
     def __post_init__(self) -> None:
         """Raises RefusedCheckpoint."""
-        if self.max_rank < 1 or not 0 <= self.max_error < 1 or not 0 <= self.max_density <= 1:
+        if self.max_rank < 0 or not 0 <= self.max_error < 1 or not 0 <= self.max_density <= 1:
             raise RefusedCheckpoint(
-                f"rank {self.max_rank}, error {self.max_error}, density {self.max_density}: give a rank of at least 1, "
+                f"rank {self.max_rank}, error {self.max_error}, density {self.max_density}: give a rank of at least 0, "
                 "an error from 0 to below 1 and a density from 0 to 1"
             )
 
@@ -121,13 +123,22 @@ def _linear(
     count, change = int(diff.count_nonzero()), float(diff.norm())
     if not count:
         return deltas, []
-    if count <= compression.max_density * diff.numel():
-        sparse = diff_to_sparse(diff, layer=layer, site=site)
+    most = int(compression.max_density * diff.numel())
+    if count <= most or not compression.max_rank:
+        kept = diff if count <= most else _largest(diff, max(1, most))
+        sparse = diff_to_sparse(kept, layer=layer, site=site)
         assert sparse is not None
-        return [*deltas, sparse], [WeightLoss(weight=name, kind="sparse", size=count, change=change, error=0.0)]
+        size, error = len(sparse.values), float((diff - kept).norm()) / change
+        return [*deltas, sparse], [WeightLoss(weight=name, kind="sparse", size=size, change=change, error=error)]
     low_rank, error = _low_rank(diff, layer, site, compression)
     rank = low_rank.a.shape[1]
     return [*deltas, low_rank], [WeightLoss(weight=name, kind="low_rank", size=rank, change=change, error=error)]
+
+
+def _largest(diff: Tensor, count: int) -> Tensor:
+    """That many of the numbers, 0 in place of the others."""
+    places = diff.abs().flatten().topk(count).indices
+    return torch.zeros_like(diff).flatten().index_copy(0, places, diff.flatten()[places]).view_as(diff)
 
 
 def _low_rank(diff: Tensor, layer: int, site: str, compression: Compression) -> tuple[LowRank, float]:
