@@ -248,6 +248,7 @@ async def _served(
         config = EngineConfig(
             backbone=str(models.original),
             store=str(Path(folder) / "store"),
+            dtype="float32",  # as the baselines
             compute_threads=args.threads,
             policy=policy,
             instances=instances,
