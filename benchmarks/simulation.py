@@ -4,8 +4,8 @@
 - *cost*: a full profile is measured twice, how far its points differ; and batches of all kinds, lengths and numbers of
   tenants, each against what the profile says;
 - *replay*: an engine with 64 LoRA tenants is asked by clients that wait for nobody (Poisson), at 50, 70 and 90 % of
-  what full batches are enough for, and records its requests (`--record`); they are simulated with that profile, and
-  the mean latencies compared;
+  what it answered just before when it was saturated, and records its requests (`--record`); they are simulated with
+  that profile, and the mean latencies compared;
 - *overload*: the same requests, more than there is capacity for, through every policy.
 """
 
@@ -17,7 +17,7 @@ import itertools
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from benchmarks.machine import Neighbours, commit, describe
 from benchmarks.ours import random_loras
 from benchmarks.report import output_flags, publish
 from benchmarks.serving import BACKBONE, texts
+from benchmarks.timing import interleave
 from runtime import Engine, EngineConfig
 from runtime.arrivals import Traffic, make_requests
 from runtime.clock import MonotonicClock
@@ -56,8 +57,9 @@ __all__ = ["main"]
 PARTS = ("speed", "cost", "replay", "overload")
 LINE = CostModel.on_a_line(15_000.0, 0.002)  # tokens a second and seconds a batch, where no machine is meant
 TENANTS = 64
-_BATCHES = 60  # whose cost is foretold
+_BATCHES, _ROUNDS = 60, 9  # whose cost is foretold, and how often each is measured
 _QUEUE = 100_000  # inputs: nobody is refused while latencies are compared
+_SATURATED_S, _CLIENTS = 8.0, 256  # to learn what the engine is capable of
 
 Rows = list[dict[str, Any]]
 
@@ -185,7 +187,7 @@ def _cost(backbone: Backbone, cost: CostModel, threads: int) -> Rows:
         for a, b in zip(curve.points, again.curves[name].points, strict=False)
         if not name.startswith(("load", "gather"))
     ]
-    found = list(_foretold(backbone, cost))
+    found = _foretold(backbone, cost)
     errors = [abs(told_s - seconds) / seconds for told_s, seconds in found]
     row = {"part": "cost", "points": len(differ), "noise": round(cost.noise, 4), "batches": len(found)}
     row |= {f"repeat_p{q}": round(float(np.percentile(differ, q)), 4) for q in (50, 90)}
@@ -193,16 +195,17 @@ def _cost(backbone: Backbone, cost: CostModel, threads: int) -> Rows:
     return [row | {"bias": round(float(np.median([told_s / seconds for told_s, seconds in found])), 4)}]
 
 
-def _foretold(backbone: Backbone, cost: CostModel) -> Iterator[tuple[float, float]]:
-    """Seconds told and measured, of batches drawn at random; the median of five runs."""
+def _foretold(backbone: Backbone, cost: CostModel) -> list[tuple[float, float]]:
+    """Seconds told and measured, of batches drawn at random; the median of a few rounds through all of them."""
     rng, model = random.Random(0), Model.load(backbone)
+    told_s, runs = [], {}
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         probes = Probes(backbone, model.dtype, Path(folder))
         loaded: dict[tuple[str, int], list[ResidentTenant]] = {
             kind: [probes.load(probes.write(kind[1], name=str(i), kind=kind[0])) for i in range(32)]
             for kind in FULL.kinds
         }
-        for _ in range(_BATCHES):
+        for batch in range(_BATCHES):
             kind, length, inputs = rng.choice(FULL.kinds), rng.choice((8, 16, 24, 48, 96)), rng.choice((2, 8, 20))
             tenants = loaded[kind][: rng.choice((1, 4, 12, 32))]
             lengths = [max(3, round(length * rng.uniform(0.5, 1.5))) for _ in range(inputs)]
@@ -210,22 +213,14 @@ def _foretold(backbone: Backbone, cost: CostModel) -> Iterator[tuple[float, floa
                 SequenceInput([(17 * n + i) % 20_000 + 1_000 for i in range(one)], [0] * one, tenants[n % len(tenants)])
                 for n, one in enumerate(lengths)
             ]
-            told_s = cost.batch_s(sum(lengths), inputs, min(inputs, len(tenants)), kind)
-            yield told_s, _seconds(partial(_forward, model, sequences))
+            told_s.append(cost.batch_s(sum(lengths), inputs, min(inputs, len(tenants)), kind))
+            runs[str(batch)] = partial(_forward, model, sequences)
+        timings = interleave(runs, rounds=_ROUNDS, warmup=1)
+    return [(told, float(np.median(timings[name].seconds))) for told, name in zip(told_s, runs, strict=True)]
 
 
 def _forward(model: Model, sequences: Sequence[SequenceInput]) -> None:
     model.forward(model.pack(sequences))
-
-
-def _seconds(run: Callable[[], None]) -> float:
-    run()
-    seconds = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - begin)
-    return float(np.median(seconds))
 
 
 # ---- a server's day, again -----------------------------------------------------------------------------------------
@@ -235,7 +230,8 @@ async def _replay(args: argparse.Namespace, backbone: Backbone, cost: CostModel)
     rows = []
     batch_s = partial(cost.batch_s, module=("low_rank", 8))
     world = World(batch_s=batch_s, max_batch_tokens=args.max_batch_tokens, max_queue_inputs=_QUEUE)
-    tokenizer = Tokenizer.load(backbone.folder, backbone.config)
+    words = list(itertools.islice(texts(), 2000))
+    tokens = [len(each.token_ids) for each in Tokenizer.load(backbone.folder, backbone.config).encode(words)]
     modules = [write_tenant(module) for module in random_loras(backbone, TENANTS, seed=0)]
     for load in args.loads:
         with tempfile.TemporaryDirectory() as folder:
@@ -249,15 +245,17 @@ async def _replay(args: argparse.Namespace, backbone: Backbone, cost: CostModel)
                 max_queue_inputs=_QUEUE,
                 max_caller_share=1.0,
                 default_deadline_s=600.0,
-                record=str(log),
                 profile=str(profile),
             )
             async with Engine(config) as engine:
                 for i, module in enumerate(modules):
                     await engine.add_tenant(f"t{i}", module)
+                capacity = await _capacity(engine, words, tokens)
+            async with Engine(replace(config, record=str(log))) as engine:
+                for i in range(TENANTS):
                     await engine.embed(f"t{i}", ["it is in memory and tested"])
                 begin_s = time.perf_counter()
-                await _ask(engine, tokenizer, load * world.tokens_per_s, args.seconds)
+                await _ask(engine, words, load * capacity / float(np.mean(tokens)), args.seconds)
                 lasted_s = time.perf_counter() - begin_s
             recorded = read_log(log)
         asked = [(r, s) for r, s in zip(recorded.requests, recorded.total_s, strict=True)][TENANTS:]
@@ -271,6 +269,7 @@ async def _replay(args: argparse.Namespace, backbone: Backbone, cost: CostModel)
             {
                 "part": "replay",
                 "load": load,
+                "capacity": round(capacity, 1),
                 "requests": len(requests),
                 "seconds": round(lasted_s, 1),
                 "measured_mean_ms": round(mean_ms, 2),
@@ -284,12 +283,27 @@ async def _replay(args: argparse.Namespace, backbone: Backbone, cost: CostModel)
     return rows
 
 
-async def _ask(engine: Engine, tokenizer: Tokenizer, tokens_per_s: float, seconds: float) -> None:
+async def _capacity(engine: Engine, words: Sequence[str], tokens: Sequence[int]) -> float:
+    """Tokens a second that the engine answers when as many clients ask as fill its batches."""
+    numbers, answered = itertools.count(), 0
+    begin_s = time.perf_counter()
+    warm_s, end_s = begin_s + _SATURATED_S / 4, begin_s + _SATURATED_S
+
+    async def ask() -> None:
+        nonlocal answered
+        while time.perf_counter() < end_s:
+            n = next(numbers)
+            await engine.embed(f"t{n % TENANTS}", [words[n % len(words)]])
+            if warm_s <= time.perf_counter() < end_s:
+                answered += tokens[n % len(words)]
+
+    await asyncio.gather(*(ask() for _ in range(_CLIENTS)))
+    return answered / (end_s - warm_s)
+
+
+async def _ask(engine: Engine, words: Sequence[str], rate: float, seconds: float) -> None:
     """One real text a request, of a tenant at random, when its time has come, whatever became of those before."""
     rng = random.Random(1)
-    words = list(itertools.islice(texts(), 2000))
-    sample = [len(encoded.token_ids) for encoded in tokenizer.encode(words)]
-    rate = tokens_per_s / float(np.mean(sample))
     tasks, at_s = [], 0.0
     begin_s = time.perf_counter()
     for n in itertools.count():

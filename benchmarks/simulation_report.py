@@ -55,10 +55,20 @@ def _percent(name: str, value: float) -> object:
 
 
 def _replay(rows: list[Row], markdown: Markdown) -> str:
-    header = ["load", "requests", "measured mean ms", "simulated", "ratio", "measured p99 ms", "simulated"]
+    header = [
+        "load",
+        "tokens/s at most",
+        "requests",
+        "measured mean ms",
+        "simulated",
+        "ratio",
+        "measured p99 ms",
+        "simulated",
+    ]
     means = ("measured_mean_ms", "simulated_mean_ms", "ratio")
-    names = ("load", "requests", *means, "measured_p99_ms", "simulated_p99_ms", "to_profile")
-    return markdown([*header, "batches to profile"], [[row.get(name, "-") for name in names] for row in rows])
+    names = ("load", "capacity", "requests", *means, "measured_p99_ms", "simulated_p99_ms", "to_profile")
+    body = [[row.get(name, "-") for name in names] for row in rows]
+    return markdown([*header, "simulated", "batches to profile"], body)
 
 
 def _overload(rows: list[Row], markdown: Markdown) -> str:

@@ -6,9 +6,8 @@ packed forward, the arena's own read of a native file, in the compute dtype.
 
 from __future__ import annotations
 
-import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -18,9 +17,10 @@ import numpy as np
 import torch
 
 from runtime.clock import Clock
-from runtime.cost import TYPICAL_LENGTH, Conditions, CostModel, Curve, Point
+from runtime.cost import TYPICAL_LENGTH, Conditions, CostModel, Curve
 from runtime.machine import cpu_model, wait_policy
 from runtime.probes import Probes
+from runtime.sampler import Repeats, Sampler, Trial
 from runtime.uploads import all_moved_at_once
 from vbert.arena import ResidentTenant
 from vbert.encoder import Encoder
@@ -35,8 +35,6 @@ __all__ = ["FULL", "QUICK", "Effort", "Profiler", "conditions_here"]
 _TABLE_ROWS = 1 << 16
 _UPLOAD_BYTES = (1 << 14, 1 << 18, 1 << 22, 1 << 26)
 _SELF_TESTS, _SELF_TEST_TOKENS, _SELF_TEST_RANK = 3, 12, 8  # of one module
-_TICK_S = 1e-9  # a clock may not have moved
-_HOPELESS = 1.5  # times slower at its first run, and a thread count is measured no further
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,10 +42,8 @@ class Effort:
     """What is measured, and how long.
 
     tokens, lengths: of forwards. ranks: of the modules that are loaded. rows: gathered at once. ngrams: computed at
-    once. modules: whose self-tests are replayed at once. weights: whether those of a whole model are loaded, too.
-    point_s: time for the repeats of one point, of which there are at least `min_repeats`. largest_s: a run that takes
-    longer is not repeated; one that should take longer is left out, and all larger ones with it, but for the second of
-    a curve.
+    once. modules: whose self-tests are replayed at once. kinds, tenants: of modules that take part in a forward.
+    weights: whether those of a whole model are loaded, too.
     """
 
     tokens: tuple[int, ...]
@@ -59,10 +55,7 @@ class Effort:
     kinds: tuple[tuple[str, int], ...]
     tenants: tuple[int, ...]
     weights: bool
-    min_repeats: int
-    max_repeats: int
-    point_s: float
-    largest_s: float
+    repeats: Repeats
 
 
 FULL = Effort(
@@ -75,10 +68,7 @@ FULL = Effort(
     kinds=(("low_rank", 8), ("low_rank", 64), ("bottleneck", 64), ("affine", 0), ("sparse", 10)),
     tenants=(1, 16),
     weights=True,
-    min_repeats=3,
-    max_repeats=25,
-    point_s=0.5,
-    largest_s=1.0,
+    repeats=Repeats(least=1, most=8, point_s=0.12, largest_s=1.0, passes=5),
 )
 QUICK = Effort(
     tokens=(32, 128, 512),
@@ -90,10 +80,7 @@ QUICK = Effort(
     kinds=(),
     tenants=(),
     weights=False,
-    min_repeats=2,
-    max_repeats=9,
-    point_s=0.05,
-    largest_s=0.2,
+    repeats=Repeats(least=2, most=9, point_s=0.05, largest_s=0.2),
 )
 
 
@@ -141,7 +128,7 @@ class Profiler:
 
     def _measure(self, scratch: Path) -> dict[str, Curve]:
         lengths = [length for length in self.effort.lengths if length <= self.backbone.config.max_length]
-        todo: dict[str, Callable[[], Curve]] = {
+        todo: dict[str, Callable[[], Trial]] = {
             f"forward/{n}": partial(self._forwards, n) for n in lengths or [self.backbone.config.max_length]
         }
         for kind, size in self.effort.kinds:
@@ -158,21 +145,20 @@ class Profiler:
         if self.model.device.type == "cuda":
             todo |= {"upload": self._uploads}
         self._forward(self._sequences(1, lengths[0] if lengths else 1))  # what happens once, happens here
-        curves = {}
-        for done, (name, measure) in enumerate(todo.items()):
-            self.progress(f"profile: {name}", done, len(todo))
-            curves[name] = measure()
-        self.progress("profile", len(todo), len(todo))
+        trials = {name: prepared() for name, prepared in todo.items()}
+        sampler = Sampler(self.effort.repeats, self.clock)
+        curves = sampler.curves(trials, lambda name, done, total: self.progress(f"profile: {name}", done, total))
+        self.progress("profile", 1, 1)
         return curves
 
     # ---- one curve each --------------------------------------------------------------------------------------------
 
-    def _forwards(self, length: int) -> Curve:
+    def _forwards(self, length: int) -> Trial:
         counts = sorted({max(1, tokens // length) for tokens in self.effort.tokens})
         runs = {n * length: partial(self._forward, self._sequences(n, length)) for n in counts}
-        return self._curve(runs, self.thread_counts)
+        return Trial(runs=runs, thread_counts=self.thread_counts)
 
-    def _with(self, scratch: Path, kind: str, size: int, num_tenants: int) -> Curve:
+    def _with(self, scratch: Path, kind: str, size: int, num_tenants: int) -> Trial:
         """Sequences of so many tenants in turn, at least one of each."""
         probes = Probes(self.backbone, self.model.dtype, scratch)
         paths = [probes.write(size, name=str(i), kind=kind) for i in range(num_tenants)]
@@ -184,9 +170,9 @@ class Profiler:
             shares = [len(range(i, count, num_tenants)) for i in range(num_tenants)]
             every = [s for t, n in zip(tenants, shares, strict=True) for s in self._sequences(n, length, t)]
             runs[count * length] = partial(self._forward, every)
-        return self._curve(runs, self.thread_counts)
+        return Trial(runs=runs, thread_counts=self.thread_counts)
 
-    def _loads(self, scratch: Path, tier: str) -> Curve:
+    def _loads(self, scratch: Path, tier: str) -> Trial:
         """Sizes are what the modules take in memory."""
         probes = Probes(self.backbone, self.model.dtype, scratch)
         paths = [probes.write(rank) for rank in self.effort.ranks]
@@ -194,23 +180,23 @@ class Profiler:
             paths.append(probes.write(0, kind="weights"))
         runs = {probes.num_bytes(path): partial(probes.load_and_release, path) for path in paths}
         forget = {probes.num_bytes(path): partial(probes.forget, path) for path in paths}
-        return self._curve(runs, (1,), before=forget if tier == "cold" else {})
+        return Trial(runs=runs, before=forget if tier == "cold" else {})
 
-    def _swaps(self, scratch: Path) -> Curve:
+    def _swaps(self, scratch: Path) -> Trial:
         """What a batch of another tenant with weights of its own needs before it: views of its slot. The weights are
         where they compute."""
         probes = Probes(self.backbone, self.model.dtype, scratch)
         (tenant,) = all_moved_at_once([probes.load(probes.write(0, kind="weights"))], self.model)
-        return self._curve({tenant.num_bytes: partial(Encoder.of_tenant, self.backbone.config, tenant)}, (1,))
+        return Trial(runs={tenant.num_bytes: partial(Encoder.of_tenant, self.backbone.config, tenant)})
 
-    def _gathers(self) -> Curve:
+    def _gathers(self) -> Trial:
         width = self.backbone.config.hidden_size
         table = torch.zeros(_TABLE_ROWS, width, dtype=self.model.dtype)
         table += 1  # else every row is the same page of zeros
         spread = [torch.arange(rows) * 48_271 % _TABLE_ROWS for rows in self.effort.rows]
-        return self._curve({len(rows): partial(torch.index_select, table, 0, rows) for rows in spread}, (1,))
+        return Trial(runs={len(rows): partial(torch.index_select, table, 0, rows) for rows in spread})
 
-    def _local(self, local: LocalLayers) -> Curve:
+    def _local(self, local: LocalLayers) -> Trial:
         """Distinct n-grams, none of which is stored."""
 
         def encode(keys: Keys) -> None:
@@ -219,9 +205,10 @@ class Profiler:
 
         size = self.backbone.config.vocab_size
         every = ngram_keys(np.arange(max(self.effort.ngrams)) * 7919 % size, np.array([0, max(self.effort.ngrams)]))
-        return self._curve({n: partial(encode, every[:n]) for n in self.effort.ngrams}, self.thread_counts)
+        runs = {n: partial(encode, every[:n]) for n in self.effort.ngrams}
+        return Trial(runs=runs, thread_counts=self.thread_counts)
 
-    def _self_tests(self, scratch: Path) -> Curve:
+    def _self_tests(self, scratch: Path) -> Trial:
         """Three short texts a module, every module another one."""
         probes = Probes(self.backbone, self.model.dtype, scratch)
         paths = [probes.write(_SELF_TEST_RANK, name=str(i)) for i in range(max(self.effort.modules))]
@@ -230,9 +217,9 @@ class Profiler:
         for modules in self.effort.modules:
             sequences = [s for t in tenants[:modules] for s in self._sequences(_SELF_TESTS, _SELF_TEST_TOKENS, t)]
             runs[modules] = partial(self._forward, sequences)
-        return self._curve(runs, self.thread_counts)
+        return Trial(runs=runs, thread_counts=self.thread_counts)
 
-    def _uploads(self) -> Curve:
+    def _uploads(self) -> Trial:
         """Pinned host memory to the device."""
         host = torch.zeros(max(_UPLOAD_BYTES), dtype=torch.uint8).pin_memory()
         device = torch.empty_like(host, device=self.model.device)
@@ -241,57 +228,7 @@ class Profiler:
             device[:num_bytes].copy_(host[:num_bytes], non_blocking=True)
             self._wait()
 
-        return self._curve({num_bytes: partial(upload, num_bytes) for num_bytes in _UPLOAD_BYTES}, (1,))
-
-    # ---- one point -------------------------------------------------------------------------------------------------
-
-    def _curve(
-        self,
-        runs: Mapping[int, Callable[[], object]],
-        thread_counts: Sequence[int],
-        before: Mapping[int, Callable[[], None]] | None = None,
-    ) -> Curve:
-        """The runs by their size. before: what happens untimed before each repeat of a size."""
-        points: list[Point] = []
-        for size, run in sorted(runs.items()):
-            # Two at least: the time of a few tokens tells little of many.
-            if len(points) > 1 and points[-1].seconds * size / points[-1].size > self.effort.largest_s:
-                break
-            prepare = (before or {}).get(size, lambda: None)
-            best: Point | None = None
-            for threads in thread_counts:
-                best = self._point(size, run, prepare, threads, best)
-            assert best is not None, "there is at least one thread count"
-            points.append(best)
-        return Curve(points)
-
-    def _point(
-        self, size: int, run: Callable[[], object], prepare: Callable[[], None], threads: int, best: Point | None
-    ) -> Point:
-        """The better of `best` and this number of threads: one run that does not count, unless it is a long one, then
-        repeats until there are enough of them or their time is over."""
-        torch.set_num_threads(threads)
-        first_s = self._seconds(run, prepare)
-        if best is not None and first_s > _HOPELESS * best.seconds:
-            return best
-        seconds = [first_s] if first_s > self.effort.largest_s else self._repeats(run, prepare)
-        p25, p50, p75 = statistics.quantiles(seconds * 2, n=4, method="inclusive")  # doubled: one is too few for it
-        spread = round((p75 - p25) / p50, 4)
-        point = Point(size=size, seconds=p50, spread=spread, repeats=len(seconds), threads=threads)
-        return point if best is None or p50 < best.seconds else best
-
-    def _repeats(self, run: Callable[[], object], prepare: Callable[[], None]) -> list[float]:
-        effort = self.effort
-        seconds = [self._seconds(run, prepare) for _ in range(effort.min_repeats)]
-        while len(seconds) < effort.max_repeats and sum(seconds) < effort.point_s:
-            seconds.append(self._seconds(run, prepare))
-        return seconds
-
-    def _seconds(self, run: Callable[[], object], prepare: Callable[[], None]) -> float:
-        prepare()
-        begin_s = self.clock.now_s()
-        run()
-        return max(self.clock.now_s() - begin_s, _TICK_S)
+        return Trial(runs={num_bytes: partial(upload, num_bytes) for num_bytes in _UPLOAD_BYTES})
 
     def _forward(self, sequences: Sequence[SequenceInput]) -> None:
         self.model.forward(self.model.pack(sequences))

@@ -13,10 +13,16 @@ from benchmarks.workload import PETS_KINDS
 from runtime.cost import CostModel
 from runtime.policies.pooled import ProfileCosts
 from runtime.policies.pools import POOL_POLICIES, padding_of
+from runtime.sampler import Repeats
 from tests.tiny import tiny_backbone
 from vbert.errors import ConfigError
 
-QUICK = replace(pets_batching.EFFORT, tokens=(32, 256), lengths=(8, 32), max_repeats=2, point_s=0.0)
+QUICK = replace(
+    pets_batching.EFFORT,
+    tokens=(32, 256),
+    lengths=(8, 32),
+    repeats=Repeats(least=2, most=2, point_s=0.0, largest_s=1.0),
+)
 
 
 def test_every_way_computes_every_query_once():

@@ -30,6 +30,7 @@ from transformers import AutoModelForSequenceClassification, get_linear_schedule
 from transformers import logging as transformers_logging
 
 from benchmarks.machine import Neighbours, commit, describe
+from benchmarks.plots import Panel, draw, plot_flag
 from benchmarks.report import ROOT, output_flags, publish
 from benchmarks.serving import BACKBONE
 from runtime.blobs import digest_of
@@ -40,7 +41,6 @@ from training.model import PaddedBatch
 from training.train_peft import run
 from vbert.arena import Arena
 from vbert.checkpoint import write_tenant
-from vbert.errors import ConfigError
 from vbert.formats import Backbone, read_backbone, read_tenant
 from vbert.formats.compressed import Compression, compress_folder
 from vbert.formats.convert import to_own_file
@@ -50,7 +50,7 @@ from vbert.model import Model, SequenceInput
 from vbert.tenant import TenantModule
 from vbert.tokenizer import Tokenizer
 
-__all__ = ["main"]
+__all__ = ["main", "panels"]
 
 _EPOCHS = {"trec": 4, "banking77": 8, "sst2": 4}
 _MAX_LENGTH = 128
@@ -82,12 +82,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         publish(result, args)
         every += rows
     if args.plot:
-        _plot(args.plot, every)
+        draw(args.plot, panels(every))
+
+
+def panels(rows: Sequence[Result]) -> list[Panel]:
+    """Accuracy over rank, one line a set; at the end that of the whole model."""
+    series: dict[str, dict[object, float]] = {}
+    for row in [*(row for row in rows if row.get("rank")), *(row for row in rows if row["system"] == "whole")]:
+        series.setdefault(row["set"], {})[row.get("rank") or "whole"] = row["accuracy"]
+    return [Panel(title="what low ranks keep of a model", x="rank", y="accuracy", series=series, bars=False)]
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="vbert bench fastptm_compress", description=__doc__)
     output_flags(parser)
+    plot_flag(parser)
     parser.add_argument("--data", type=Path, required=True, help="folder with one folder a set", metavar="DIR")
     parser.add_argument("--backbone", default=str(BACKBONE), metavar="FOLDER")
     parser.add_argument("--sets", nargs="+", default=list(_EPOCHS))
@@ -101,7 +110,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-test-rows", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--models", type=Path, help="keeps models; those found are not trained again", metavar="FOLDER")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw accuracy over rank, .png, .svg or .pdf")
     return parser.parse_args(argv)
 
 
@@ -268,29 +276,6 @@ def _in_order(parts: Sequence[Tensor], batches: Sequence[Sequence[int]]) -> Tens
     """The rows of all batches, by their index."""
     places = torch.tensor([i for indices in batches for i in indices])
     return torch.cat(list(parts))[places.argsort()]
-
-
-# ---- plot ----------------------------------------------------------------------------------------------------------
-
-
-def _plot(path: Path, rows: Sequence[Result]) -> None:
-    """Accuracy over rank, one line a set, dashed where the whole model is."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("--plot needs matplotlib; install vbert[plots], or leave --plot out") from error
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for i, name in enumerate(dict.fromkeys(row["set"] for row in rows)):
-        of_set = [row for row in rows if row["set"] == name]
-        ranked = [row for row in of_set if row.get("rank")]
-        axes.plot([row["rank"] for row in ranked], [row["accuracy"] for row in ranked], f"C{i}o-", label=name)
-        axes.axhline(of_set[0]["accuracy"], color=f"C{i}", linestyle="--")
-    axes.set(xlabel="rank", ylabel="accuracy")
-    axes.set_xscale("log", base=2)
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from runtime.policies.pooled import ProfileCosts
 from runtime.policies.pools import POOL_POLICIES, MacroBatch, Query
 from runtime.probes import Probes
 from runtime.profiler import Effort, Profiler
+from runtime.sampler import Repeats
 from runtime.uploads import all_moved_at_once
 from vbert.arena import ResidentTenant
 from vbert.formats.transformers_folder import Backbone, read_backbone
@@ -61,10 +62,7 @@ EFFORT = Effort(  # what the strategies ask for, and the least of all else
     kinds=PETS_KINDS,
     tenants=(1,),
     weights=False,
-    min_repeats=2,
-    max_repeats=9,
-    point_s=0.1,
-    largest_s=1.0,
+    repeats=Repeats(least=2, most=9, point_s=0.1, largest_s=1.0),
 )
 
 Rows = list[dict[str, Any]]

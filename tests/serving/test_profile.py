@@ -11,10 +11,12 @@ import pytest
 from runtime import own_profile
 from runtime.clock import MonotonicClock
 from runtime.profiler import QUICK, Profiler
+from runtime.sampler import Repeats
 from vbert.errors import ConfigError
 from vbert.model import Model
 
-TINY = replace(QUICK, tokens=(8, 64), lengths=(4, 32, 512), ranks=(1, 4), rows=(4, 8), modules=(1, 2), point_s=0.0)
+FEW = Repeats(least=2, most=9, point_s=0.0, largest_s=0.2, passes=2)
+TINY = replace(QUICK, tokens=(8, 64), lengths=(4, 32, 512), ranks=(1, 4), rows=(4, 8), modules=(1, 2), repeats=FEW)
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +47,9 @@ def test_every_curve_is_measured(profiler, tmp_path):
         "self_test": [1, 2],
     }
     assert loads == [r * 2 * 2 * (32 + 32) * 4 for r in TINY.ranks]  # rank, layers, sites, A and B, float32
-    assert all(p.repeats >= TINY.min_repeats for curve in cost.curves.values() for p in curve.points)
+    assert all(p.repeats == 4 for curve in cost.curves.values() for p in curve.points)
     assert (told[0][1], told[-1][1]) == (0, told[-1][2])
+    assert [name for name, _, _ in told[:-1]] == [f"profile: {name}" for name in sizes] * 2
     assert list(tmp_path.iterdir()) == []
     assert 0 < cost.forward_s(64, 16) < 60
 
@@ -69,7 +72,7 @@ def test_whole_weights_are_measured(profiler, backbone):
 
 
 def test_what_takes_too_long_is_left_out(profiler):
-    effort = replace(TINY, tokens=(8, 16, 2048, 4096), largest_s=0.0, lengths=(4,))
+    effort = replace(TINY, tokens=(8, 16, 2048, 4096), repeats=replace(FEW, largest_s=0.0), lengths=(4,))
     curve = profiler(effort=effort).run().curves["forward/4"]
     assert [point.size for point in curve.points] == [8, 16]
 
