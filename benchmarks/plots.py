@@ -1,4 +1,4 @@
-"""The figures of benchmarks/experiments/, as the papers draw them. `vbert bench plots NAME FILE`: the newest result.
+"""The figures of benchmarks/experiments/, as the papers draw them. `vbert bench plots NAME FILE`: the newest results.
 
 An experiment says with `panels(rows)` what its figure shows, and takes `--plot FILE` to draw what it has just measured.
 matplotlib is an extra, and is imported only where something is to be drawn.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.report import NotMeasured, latest
+from benchmarks.report import NotMeasured, results
 from vbert.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,9 +45,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("file", type=_file)
     args = parser.parse_args(argv)
     try:
-        rows = latest(args.name)["rows"]
+        every = results(args.name)
     except NotMeasured as absent:
         raise ConfigError(str(absent)) from absent
+    newest = {(each["config"].get("shape"), each["rows"][0].get("set")): each["rows"] for each in every}
+    rows = [row for found in newest.values() for row in found]
     draw(args.file, importlib.import_module(f"benchmarks.experiments.{args.name}").panels(rows))
 
 

@@ -38,6 +38,7 @@ from runtime import Engine, EngineConfig
 from runtime.arrivals import Traffic, make_requests
 from runtime.clock import MonotonicClock
 from runtime.cost import CostModel
+from runtime.pace import STEADY
 from runtime.policies.named import DEFAULT, POLICIES, POOLED, batch_policy
 from runtime.probes import Probes
 from runtime.profile_file import write_profile
@@ -262,9 +263,16 @@ async def _replay(args: argparse.Namespace, backbone: Backbone, cost: CostModel)
         requests = [request for request, _ in asked]
         measured_ms = [1e3 * seconds for _, seconds in asked if seconds == seconds]
         pace = recorded.pace(batch_s)
-        done = simulate(requests, batch_policy(DEFAULT), replace(world, pace=pace))
-        row = report(requests, done, lambda tokens: batch_s(tokens, 1))
         mean_ms = float(np.mean(measured_ms))
+        found = {
+            name: report(
+                requests,
+                simulate(requests, batch_policy(DEFAULT), replace(world, pace=each)),
+                lambda tokens: batch_s(tokens, 1),
+            )
+            for name, each in (("profile", STEADY), ("line", pace.mean), ("seconds", pace))
+        }
+        row = found["seconds"]
         rows.append(
             {
                 "part": "replay",
@@ -277,7 +285,10 @@ async def _replay(args: argparse.Namespace, backbone: Backbone, cost: CostModel)
                 "simulated_mean_ms": row["mean_ms"],
                 "simulated_p99_ms": row["p99_ms"],
                 "ratio": round(row["mean_ms"] / mean_ms, 4),
-                "to_profile": round(pace.mean, 4),
+                "ratio_line": round(found["line"]["mean_ms"] / mean_ms, 4),
+                "ratio_profile": round(found["profile"]["mean_ms"] / mean_ms, 4),
+                "slope": round(pace.slope, 4),
+                "fixed_ms": round(1e3 * pace.fixed_s, 3),
             }
         )
     return rows

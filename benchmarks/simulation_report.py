@@ -55,20 +55,21 @@ def _percent(name: str, value: float) -> object:
 
 
 def _replay(rows: list[Row], markdown: Markdown) -> str:
-    header = [
-        "load",
-        "tokens/s at most",
-        "requests",
-        "measured mean ms",
-        "simulated",
-        "ratio",
-        "measured p99 ms",
-        "simulated",
-    ]
-    means = ("measured_mean_ms", "simulated_mean_ms", "ratio")
-    names = ("load", "capacity", "requests", *means, "measured_p99_ms", "simulated_p99_ms", "to_profile")
-    body = [[row.get(name, "-") for name in names] for row in rows]
-    return markdown([*header, "simulated", "batches to profile"], body)
+    columns = {
+        "load": "load",
+        "tokens/s at most": "capacity",
+        "requests": "requests",
+        "measured mean ms": "measured_mean_ms",
+        "simulated": "simulated_mean_ms",
+        "ratio": "ratio",
+        "by the line": "ratio_line",
+        "by the profile": "ratio_profile",
+        "slope": "slope",
+        "fixed ms": "fixed_ms",
+        "measured p99 ms": "measured_p99_ms",
+        "p99 simulated": "simulated_p99_ms",
+    }
+    return markdown(list(columns), [[row.get(name, "-") for name in columns.values()] for row in rows])
 
 
 def _overload(rows: list[Row], markdown: Markdown) -> str:

@@ -15,6 +15,7 @@ from commands.output import Wrong, add_json_flag, show
 if TYPE_CHECKING:
     from runtime.cost import CostModel
     from runtime.pace import Pace
+    from runtime.policies.named import Instances
     from runtime.request_log import Offered
     from runtime.simulator import Simulated, World
 
@@ -94,11 +95,11 @@ def run(args: argparse.Namespace) -> None:
     requests, measured, pace = _requests(args, world)
     world = replace(world, pace=pace)
     ways = _ways(args, cost, world)
-    rows, latencies = [], {}
+    rows, latencies, mean = [], {}, pace.mean
     with progress_bar() as progress:
         for name, way in ways.items():
             done = way(requests, advance=partial(_advance, progress, name, len(requests)))
-            row = report(requests, done, lambda tokens: world.batch_s(tokens, 1, 1), world.weight)
+            row = report(requests, done, lambda tokens: mean.seconds(world.batch_s(tokens, 1, 1), 0.0), world.weight)
             rows.append({"policy": name} | row | _beside(row, measured))
             latencies[name] = _latencies_ms(requests, done)
     if args.plot:
@@ -107,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
         facts = {
             "requests": len(requests),
             "tokens_per_s": round(world.tokens_per_s, 1),
-            "to_profile": round(pace.mean, 4),
+            "pace": {"slope": round(pace.slope, 4), "fixed_ms": round(1e3 * pace.fixed_s, 4)},
         }
         print(json.dumps(facts | {"policies": rows}))
     else:
@@ -124,7 +125,12 @@ def _ways(args: argparse.Namespace, cost: CostModel, world: World) -> dict[str, 
     every = list(INSTANCE_POLICIES) if args.instances else [*POLICIES, *POOLED]
     names = every if args.policy == "all" else args.policy.split(",")
     if not args.instances:
-        policies = {name: batch_policy(name, cost, max_batch_tokens=args.max_batch_tokens) for name in names}
+        if not args.module_bytes and (wrong := [name for name in names if name in INSTANCE_POLICIES]):
+            raise Wrong(f"the policy {wrong[0]!r} is for instances; give --instances N, or --module-bytes")
+        told = _instances(args, cost)
+        policies = {
+            name: batch_policy(name, cost, max_batch_tokens=args.max_batch_tokens, instances=told) for name in names
+        }
         return {name: partial(simulate, policy=policy, world=world) for name, policy in policies.items()}
     item_s, load_s = _instance_costs(args, cost)
     deadline_s = (args.deadline_ms or 3000) / 1e3
@@ -135,11 +141,22 @@ def _ways(args: argparse.Namespace, cost: CostModel, world: World) -> dict[str, 
     }
 
 
+def _instances(args: argparse.Namespace, cost: CostModel) -> Instances:
+    """As many as the budget has room for, with the loads that are simulated."""
+    from runtime.policies.named import Instances
+
+    count = args.module_budget_bytes // args.module_bytes if args.module_bytes else 1
+    return Instances(count=count, deadline_s=(args.deadline_ms or 3000) / 1e3, load_s=cost.load_s(args.module_bytes))
+
+
 def _instance_costs(args: argparse.Namespace, cost: CostModel) -> tuple[float, float]:
     """Seconds of an item and of a load."""
-    item_s = 0.008 if args.profile is None else cost.forward_s(round(args.mean_tokens), args.mean_tokens)
-    load_s = 0.15 if args.profile is None else cost.swap_s("warm")
-    return args.item_ms / 1e3 if args.item_ms else item_s, args.switch_ms / 1e3 if args.switch_ms else load_s
+    item_ms, switch_ms = args.item_ms, args.switch_ms
+    if item_ms is None:
+        item_ms = 8 if args.profile is None else 1e3 * cost.forward_s(round(args.mean_tokens), args.mean_tokens)
+    if switch_ms is None:
+        switch_ms = 150 if args.profile is None else 1e3 * cost.swap_s("warm")
+    return item_ms / 1e3, switch_ms / 1e3
 
 
 def _cost(args: argparse.Namespace) -> CostModel:

@@ -192,9 +192,12 @@ class Core:
             recorder.add(request, outcome, pending.timings.total_s if outcome == "ok" else None)
 
     def _record_batch(self, pieces: Pieces, tests: Tests, batch: Computed, launched_s: float) -> None:
-        """But those with self-tests, of canaries, with something stored, or of whom somebody left."""
+        """Those with self-tests or a canary, that were stored in part, or of whom somebody left, tell nothing."""
         recorder, is_canary = self.parts.recorder, any(pending.caller == CANARY for pending, _ in pieces)
-        if recorder is None or tests or is_canary or batch.reran or batch.work < 1 or LEFT in batch.outcomes:
+        if recorder is None:
+            return
+        if tests or is_canary or batch.reran or batch.work < 1 or LEFT in batch.outcomes:
+            recorder.add_other(self._clock.now_s())
             return
         tenants = len({pending.served.key.digest for pending, _ in pieces})
         times = (launched_s, self._clock.now_s())

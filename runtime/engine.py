@@ -27,6 +27,7 @@ from runtime.manager import typical_load_s
 from runtime.metrics import MetricsSnapshot
 from runtime.parts import Parts, load_parts
 from runtime.pending import Pending
+from runtime.policies.instances import INSTANCE_POLICIES
 from runtime.policies.named import Instances, batch_policy
 from runtime.request import ClassifyResult, EmbedResult, Input, RerankResult, ScoreResult, TokenClassifyResult
 from runtime.scheduler import BatchPolicy
@@ -301,14 +302,7 @@ class Engine:
         """Parent of every task, until cancelled."""
         config = self.config
         policy = self._policy or batch_policy(
-            config.policy,
-            parts.cost,
-            max_batch_tokens=config.max_batch_tokens,
-            instances=Instances(
-                count=config.instances,
-                deadline_s=config.default_deadline_s,
-                load_s=(parts.cost.load_s if parts.cost else typical_load_s)(parts.model.encoder.num_bytes),
-            ),
+            config.policy, parts.cost, max_batch_tokens=config.max_batch_tokens, instances=_instances(config, parts)
         )
         async with asyncio.TaskGroup() as tasks:
             core = Core(config, parts, lanes, clock=self._clock, policy=policy, spawn=tasks.create_task)
@@ -346,3 +340,15 @@ class Engine:
         if self._stopping is not None:
             raise Draining("the engine has stopped; ask another one")
         raise ConfigError("the engine is not started; use `async with engine:` or `await engine.start()`")
+
+
+def _instances(config: EngineConfig, parts: Parts) -> Instances:
+    """Raises ConfigError where the budget has no room for them."""
+    size = parts.model.encoder.num_bytes
+    if config.policy in INSTANCE_POLICIES and config.instances * size > config.module_budget_bytes:
+        raise ConfigError(
+            f"instances is {config.instances}, each takes up to {size} bytes, and module_budget_bytes is "
+            f"{config.module_budget_bytes}; raise it to {config.instances * size}, or give fewer instances"
+        )
+    load_s = (parts.cost.load_s if parts.cost else typical_load_s)(size)
+    return Instances(count=config.instances, deadline_s=config.default_deadline_s, load_s=load_s)

@@ -325,8 +325,15 @@ class Manager:
                     if self._make_way(header):
                         continue
                 if not self._retire(need_bytes, header):
+                    if not self._may_change(digest):
+                        raise ModuleTooLarge(f"{need_bytes} bytes find no place beside pinned tenants; pin fewer")
                     self._changed.clear()
                     await self._changed.wait()
+
+    def _may_change(self, digest: str) -> bool:
+        """Whether there is anything in memory, or on its way, that may still go."""
+        going = any(other != digest for other in self._loading)
+        return going or any(entry.pins or other not in self._held for other, entry in self._resident.items())
 
     def _make_room(self, need_bytes: int) -> bool:
         """Evict what nobody uses until so many bytes are free; nothing when that is not enough."""

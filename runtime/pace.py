@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 __all__ = ["STEADY", "Pace"]
 
@@ -13,25 +14,44 @@ _WINDOW_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """Measured seconds of batches to those told: of all of them, and of those that ended in one second of the log. A
-    queue suffers more from a slow second than it gains from a fast one, which the mean does not show."""
+    """Measured seconds of batches: a line over those told, by slope and fixed_s, times a ratio for each second of the
+    log. A queue suffers more from a slow second than it gains from a fast one, which a mean does not show."""
 
-    mean: float
+    slope: float
+    fixed_s: float
     by_window: Mapping[int, float]
 
     @classmethod
-    def of(cls, batches: Iterable[tuple[float, float, float]]) -> Pace:
-        """batches: (when it ended, seconds measured, seconds told) of each; without any the pace is 1."""
-        sums: dict[int, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
-        for ended_s, measured_s, told_s in batches:
-            window = int(ended_s / _WINDOW_S)
-            sums[window] = (sums[window][0] + measured_s, sums[window][1] + told_s)
-        told = sum(told_s for _, told_s in sums.values())
-        mean = sum(measured_s for measured_s, _ in sums.values()) / told if told else 1.0
-        return cls(mean, {window: measured_s / told_s for window, (measured_s, told_s) in sums.items()})
+    def of(cls, batches: Sequence[tuple[float, float, float]]) -> Pace:
+        """batches: (when it ended, seconds measured, seconds told) of each; without any they take what was told."""
+        if not batches:
+            return STEADY
+        ended_s, measured_s, told_s = np.array(batches).T
+        slope, fixed_s = _line(told_s, measured_s)
+        windows, of_window = np.unique((ended_s / _WINDOW_S).astype(np.int64), return_inverse=True)
+        measured = np.bincount(of_window, measured_s)
+        fitted = np.bincount(of_window, slope * told_s + fixed_s)
+        return cls(slope, fixed_s, dict(zip(windows.tolist(), (measured / fitted).tolist(), strict=True)))
 
-    def at(self, now_s: float) -> float:
-        return self.by_window.get(int(now_s / _WINDOW_S), self.mean)
+    @property
+    def mean(self) -> Pace:
+        """The line alone."""
+        return Pace(self.slope, self.fixed_s, {})
+
+    def seconds(self, told_s: float, now_s: float) -> float:
+        """Of a batch that begins then."""
+        ratio = self.by_window.get(int(now_s / _WINDOW_S), 1.0) if self.by_window else 1.0
+        return ratio * (self.slope * told_s + self.fixed_s)
 
 
-STEADY = Pace(1.0, {})
+def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Least squares, neither slope nor y at 0 below 0."""
+    variance = x.var()
+    slope = ((x * y).mean() - x.mean() * y.mean()) / variance if variance > 0 else -1.0
+    fixed = y.mean() - slope * x.mean()
+    if slope < 0 or fixed < 0:
+        slope, fixed = (x * y).sum() / (x * x).sum(), 0.0
+    return float(slope), float(fixed)
+
+
+STEADY = Pace(1.0, 0.0, {})

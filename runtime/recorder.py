@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.clock import Clock
-from runtime.request_log import Computed, Offered, batch_line, head, to_line
+from runtime.request_log import Computed, Offered, batch_line, head, other_line, to_line
 from vbert.errors import ConfigError
 
 __all__ = ["Recorder"]
@@ -43,6 +43,10 @@ class Recorder:
         begin_s = self._begin_s
         since = batch._replace(launched_s=batch.launched_s - begin_s, ended_s=batch.ended_s - begin_s)
         self._append(batch_line(since))
+
+    def add_other(self, ended_s: float) -> None:
+        """A batch that tells nothing of how long batches take; when it ended by the clock."""
+        self._append(other_line(ended_s - self._begin_s))
 
     def flush(self) -> None:
         """What was added goes to the file, soon."""

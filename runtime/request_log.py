@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from runtime.pace import Pace
 from runtime.request import PRIORITIES
 from vbert.errors import ConfigError, CorruptFile
 
-__all__ = ["Computed", "Offered", "RequestLog", "batch_line", "head", "read_log", "to_line", "write_log"]
+__all__ = ["Computed", "Offered", "RequestLog", "batch_line", "head", "other_line", "read_log", "to_line", "write_log"]
 
 _FORMAT = 2
 
@@ -49,22 +50,26 @@ class Computed(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class RequestLog:
     """about: what the first line says. requests: by arrival. total_s: that each took, NaN where it got no answer.
-    unread: requests refused before they were tokenised, whose lengths nobody knows. batches: what was computed."""
+    unread: requests refused before they were tokenised, whose lengths nobody knows. batches: what was computed. others:
+    when batches ended that tell nothing, such as canaries."""
 
     about: Mapping[str, Any]
     requests: list[Offered]
     total_s: list[float]
     unread: int
     batches: list[Computed]
+    others: list[float]
 
     def pace(self, batch_s: Callable[[int, int, int], float]) -> Pace:
         """What batches took to what batch_s(tokens, inputs, tenants) tells. A batch takes from when it is launched, or
         the one before it ended, to its end."""
-        measured, free_s = [], 0.0
-        for batch in sorted(self.batches, key=lambda batch: batch.ended_s):
+        ends = sorted([*(batch.ended_s for batch in self.batches), *self.others])
+        measured = []
+        for batch in self.batches:
+            before = bisect_left(ends, batch.ended_s)
+            begin_s = max(batch.launched_s, ends[before - 1] if before else 0.0)
             told_s = batch_s(batch.tokens, batch.inputs, batch.tenants)
-            measured.append((batch.ended_s, batch.ended_s - max(free_s, batch.launched_s), told_s))
-            free_s = batch.ended_s
+            measured.append((batch.ended_s, batch.ended_s - begin_s, told_s))
         return Pace.of(measured)
 
 
@@ -80,6 +85,11 @@ def to_line(request: Offered, outcome: str, total_s: float | None) -> str:
 def batch_line(batch: Computed) -> str:
     times = [round(batch.launched_s, 6), round(batch.ended_s, 6)]
     return json.dumps({"batch": [*batch[:3], *times]}, separators=(",", ":")) + "\n"
+
+
+def other_line(ended_s: float) -> str:
+    """A batch that tells nothing of how long batches take."""
+    return json.dumps({"other": round(ended_s, 6)}) + "\n"
 
 
 def head(about: Mapping[str, Any]) -> str:
@@ -108,10 +118,11 @@ def read_log(path: Path) -> RequestLog:
         raise CorruptFile(f"{path} is no request log of format {_FORMAT}; give one that `vbert serve --record` wrote")
     parsed = [(i, _parsed(path, i, line)) for i, line in enumerate(lines[1:], 2)]
     batches = [_batch(path, i, line["batch"]) for i, line in parsed if "batch" in line]
-    read = [_request(path, i, line) for i, line in parsed if "batch" not in line]
+    others = [float(line["other"]) for _, line in parsed if "other" in line]
+    read = [_request(path, i, line) for i, line in parsed if "batch" not in line and "other" not in line]
     known = sorted((each for each in read if each[0].lengths), key=lambda each: each[0].at_s)
     requests, total_s = [request for request, _ in known], [seconds for _, seconds in known]
-    return RequestLog(about, requests, total_s, unread=len(read) - len(known), batches=batches)
+    return RequestLog(about, requests, total_s, unread=len(read) - len(known), batches=batches, others=others)
 
 
 def _parsed(path: Path, number: int, line: str) -> dict[str, Any]:

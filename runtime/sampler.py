@@ -72,42 +72,41 @@ class Sampler:
 
     def curves(self, trials: Mapping[str, Trial], told: Callable[[str, int, int], None]) -> dict[str, Curve]:
         """told: what is measured, how many curves are done, counted anew in each pass, and of how many."""
-        samples: dict[str, list[_Sample]] = {}
+        samples: dict[str, list[list[_Sample]]] = {}
         total = len(trials) * self._repeats.passes
         for done in range(total):
             name = list(trials)[done % len(trials)]
             told(name, done, total)
             if name in samples:
-                self._again(trials[name], samples[name])
+                self._again(trials[name], [sample for of_size in samples[name] for sample in of_size])
             else:
                 samples[name] = self._first(trials[name])
-        return {name: Curve([sample.point() for sample in found]) for name, found in samples.items()}
+        return {name: Curve([_fastest(of_size).point() for of_size in found]) for name, found in samples.items()}
 
-    def _first(self, trial: Trial) -> list[_Sample]:
-        """Which sizes are measured, and on how many threads."""
-        found: list[_Sample] = []
+    def _first(self, trial: Trial) -> list[list[_Sample]]:
+        """Which sizes are measured, each on all numbers of threads that are not hopeless."""
+        found: list[list[_Sample]] = []
         for size, run in sorted(trial.runs.items()):
             # Two at least: the time of a few tokens tells little of many.
-            if len(found) > 1 and found[-1].median_s * size / found[-1].size > self._repeats.largest_s:
-                break
-            best: _Sample | None = None
+            if len(found) > 1:
+                last = _fastest(found[-1])
+                if last.median_s * size / last.size > self._repeats.largest_s:
+                    break
+            of_size: list[_Sample] = []
             for threads in trial.thread_counts:
-                best = self._better(size, run, trial.before.get(size, _nothing), threads, best)
-            assert best is not None, "there is at least one thread count"
-            found.append(best)
+                self._try(size, run, trial.before.get(size, _nothing), threads, of_size)
+            found.append(of_size)
         return found
 
-    def _better(
-        self, size: int, run: Callable[[], object], prepare: Callable[[], None], threads: int, best: _Sample | None
-    ) -> _Sample:
-        """`best` or this number of threads: one run that does not count, unless it is a long one, then repeats."""
+    def _try(
+        self, size: int, run: Callable[[], object], prepare: Callable[[], None], threads: int, others: list[_Sample]
+    ) -> None:
+        """One run that does not count, unless it is a long one, then repeats; to `others` unless it is hopeless."""
         torch.set_num_threads(threads)
         first_s = self._seconds(run, prepare)
-        if best is not None and first_s > _HOPELESS * best.median_s:
-            return best
-        seconds = [first_s] if first_s > self._repeats.largest_s else self._several(run, prepare)
-        sample = _Sample(size, threads, seconds)
-        return sample if best is None or sample.median_s < best.median_s else best
+        if not others or first_s <= _HOPELESS * _fastest(others).median_s:
+            seconds = [first_s] if first_s > self._repeats.largest_s else self._several(run, prepare)
+            others.append(_Sample(size, threads, seconds))
 
     def _again(self, trial: Trial, samples: Sequence[_Sample]) -> None:
         for sample in samples:
@@ -129,6 +128,10 @@ class Sampler:
         begin_s = self._clock.now_s()
         run()
         return max(self._clock.now_s() - begin_s, _TICK_S)
+
+
+def _fastest(samples: Sequence[_Sample]) -> _Sample:
+    return min(samples, key=lambda sample: sample.median_s)
 
 
 def _nothing() -> None:

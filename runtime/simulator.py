@@ -65,8 +65,8 @@ class World:
 
     @property
     def tokens_per_s(self) -> float:
-        """Of full batches."""
-        return self.max_batch_tokens / self.full_batch_s
+        """Of full batches, at the mean pace."""
+        return self.max_batch_tokens / self.pace.mean.seconds(self.full_batch_s, 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +113,7 @@ class _Simulation:
             batch_tokens=world.max_batch_tokens,
             rate=self._rate,
         )
-        self.tokens_per_s = world.tokens_per_s
+        self.full_batch_s = world.full_batch_s
         self.now_s = self.busy_until_s = self.busy_s = 0.0
         self.batches = self.batch_tokens = 0
         self.running: deque[_Running] = deque()
@@ -163,7 +163,7 @@ class _Simulation:
         )
 
     def _rate(self) -> float:
-        return self.tokens_per_s / self.world.pace.at(self.now_s)
+        return self.world.max_batch_tokens / self.world.pace.seconds(self.full_batch_s, self.now_s)
 
     def _view(self) -> View:
         return View.of(
@@ -178,7 +178,7 @@ class _Simulation:
         )
 
     def _batch_s(self, tokens: int) -> float:
-        return self.world.pace.at(self.now_s) * self.world.batch_s(tokens, max(1, tokens // TYPICAL_LENGTH), 1)
+        return self.world.pace.seconds(self.world.batch_s(tokens, max(1, tokens // TYPICAL_LENGTH), 1), self.now_s)
 
     def _admit(self, request_id: int, offered: Offered) -> None:
         key = self.keys.get(offered.tenant)
@@ -238,7 +238,7 @@ class _Simulation:
             self.queue.take(piece.request_id, count)
         self.home.used(tenants)
         begin_s = max(self.now_s, self.busy_until_s)
-        seconds = self.world.pace.at(begin_s) * self.world.batch_s(tokens, inputs, len(tenants))
+        seconds = self.world.pace.seconds(self.world.batch_s(tokens, inputs, len(tenants)), begin_s)
         self.busy_until_s = begin_s + seconds
         self.busy_s += seconds
         self.batches += 1

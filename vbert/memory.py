@@ -125,10 +125,12 @@ class Slabs:
         return _SlabRegion(self, parts)
 
     def take(self, count: int) -> int | None:
-        """The first of so many slabs side by side, first fit."""
-        for first in sorted(self._free):
-            if self._free[first] >= count:
-                self._cut(first, first, count)
+        """The first of so many slabs side by side, as near to the end as may be: large slots have places of their own,
+        from the beginning on."""
+        for free in sorted(self._free, reverse=True):
+            if (length := self._free[free]) >= count:
+                first = free + length - count
+                self._cut(free, first, count)
                 return first
         return None
 
@@ -175,14 +177,15 @@ class _SlabRegion:
         for width, dtype in parts:
             offsets.append(end)
             end += -(-width * dtype.itemsize // _ALIGN) * _ALIGN
-        if end > _SLOTS_IN_RUN * _SLAB_BYTES:  # else its neighbours would have a slab in common with it
+        self._is_large = end > _SLOTS_IN_RUN * _SLAB_BYTES
+        if self._is_large:  # else its neighbours would have a slab in common with it
             end = -(-end // _SLAB_BYTES) * _SLAB_BYTES
         self._slabs, self._stride = slabs, end
         self.arrays = tuple(
             _strided(slabs.buffer, dtype, offset, width, self._stride)
             for offset, (width, dtype) in zip(offsets, parts, strict=True)
         )
-        self.least_bytes = -(-self._stride // _SLAB_BYTES) * _SLAB_BYTES  # of an empty buffer
+        self.least_bytes = self._stride if self._is_large else self._slabs_for(1) * _SLAB_BYTES  # of an empty buffer
         self._run_of: dict[int, _Run] = {}
         self._free: list[int] = []
 
@@ -208,7 +211,7 @@ class _SlabRegion:
 
     def _grow(self) -> bool:
         """Take a run with room for several slots, but no large part of the buffer, or for one."""
-        if (taken := self._take_several() or self._slabs.take_slot(self._stride)) is None:
+        if (taken := self._take_several() or self._take_one()) is None:
             return False
         first, count = taken
         begin, end = first * _SLAB_BYTES, (first + count) * _SLAB_BYTES
@@ -217,6 +220,13 @@ class _SlabRegion:
         for slot in run.slots:
             heapq.heappush(self._free, slot)
         return True
+
+    def _take_one(self) -> tuple[int, int] | None:
+        if self._is_large:
+            return self._slabs.take_slot(self._stride)
+        count = self._slabs_for(1)
+        first = self._slabs.take(count)
+        return None if first is None else (first, count)
 
     def _take_several(self) -> tuple[int, int] | None:
         count = min(self._slabs_for(_SLOTS_IN_RUN), self._slabs.num_bytes // _SLAB_BYTES // 8)

@@ -31,12 +31,13 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """number: in the order of arrival, from 0. items: inputs of it."""
+    """number: in the order of arrival, from 0. items: inputs of it. request: whose job it is, if a queue has such."""
 
     number: int
     kind: str
     arrived_s: float
     items: int = 1
+    request: int = -1
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,7 @@ def batch_policy(
         given = instances or Instances()
         item_s = cost.forward_s(TYPICAL_LENGTH) if cost else _ITEM_S
         policy = instance_policy(name, deadline_s=given.deadline_s, item_s=item_s, load_s=given.load_s)
-        return OnInstances(policy=policy, instances=given.count)
+        return OnInstances(policy=policy, instances=given.count, load_s=given.load_s)
     if cost is None:
         raise ConfigError(f"the policy {name!r} needs a profile; give one of `vbert profile`, or use {DEFAULT!r}")
     return Pooled(policy=POOL_POLICIES[name.removeprefix("pool-")], costs=ProfileCosts(cost, max_batch_tokens))

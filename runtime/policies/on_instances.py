@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
 
 from runtime.policies.instances import Instance, InstancePolicy, InstanceView, Job
 from runtime.policies.token_budget import expired, fitting, wake_s
@@ -24,56 +25,76 @@ _NOBODY = -1
 
 @dataclass(slots=True, kw_only=True)
 class OnInstances:
-    """It remembers which tenant each instance holds and what it was given, so it serves one queue."""
+    """It remembers which tenant each instance holds and what it was given, so it serves one queue. load_s: of a
+    tenant's module, for what admission is told."""
 
     policy: InstancePolicy
     instances: int
+    load_s: float = 0.0
     _held: list[str | None] = field(init=False)  # digest of the module that each has, or loads
     _given: list[list[int]] = field(init=False)  # requests of which inputs are left, by instance
     _launched: deque[int] = field(init=False, default_factory=deque)  # instances of what runs, the oldest first
+    _numbers: dict[int, int] = field(init=False, default_factory=dict)  # of jobs, by request
+    _count: count[int] = field(init=False, default_factory=count)
+    _leaving: set[str] = field(init=False, default_factory=set)  # digests that no instance holds any longer
 
     def __post_init__(self) -> None:
         self._held, self._given = [None] * self.instances, [[] for _ in range(self.instances)]
 
     def plan(self, view: View) -> BatchPlan:
         expire = tuple(expired(view))
+        late = set(expire)
         while len(self._launched) > view.in_flight:
             self._launched.popleft()
-        left = [[i for i in given if i in view.waiting and i not in expire] for given in self._given]
-        self._given = left
-        release = self._assign(view, set(expire))
-        batches = [*self._of_the_backbone(view, set(expire)), *self._of_instances(view)]
+        self._given = [[i for i in given if i in view.waiting and i not in late] for given in self._given]
+        self._assign(view, late)
+        release = tuple(self._leaving)  # said again while they are on their way, for then they cannot leave
+        self._leaving = {digest for digest in release if digest in view.loading}
+        batches = [*self._of_the_backbone(view, late), *self._of_instances(view)]
         return BatchPlan(
             batches=tuple(batches),
             prefetch=self._missing(view),
             expire=expire,
             wake_s=self._wake_s(view, len(expire)),
-            release=tuple(release),
+            release=release,
         )
 
     def before(self, view: View, request: Waiting) -> int:
-        return sum(each.tokens for each in view.waiting.values())
+        """Loads count as the tokens that are computed in as much time."""
+        kinds = {each.key.digest for each in view.waiting.values()} | {request.key.digest}
+        loads = len(kinds - set(self._held) - {_BACKBONE})
+        loading = loads * self.load_s * (view.tokens_per_s or 0.0) / self.instances
+        return sum(each.tokens for each in view.waiting.values()) + int(loading)
 
-    def _assign(self, view: View, late: set[int]) -> list[str]:
-        """Give jobs to idle instances until the policy gives no more. Modules that nobody holds any longer."""
-        held = set(self._held)
+    def _assign(self, view: View, late: set[int]) -> None:
+        """Give jobs to idle instances until the policy gives no more."""
+        if self.policy.tick_s is None and not any(map(self._is_idle, range(self.instances))):
+            return
         for _ in range(self.instances):
             given = self.policy.assign(self._jobs(view, late))
             for jobs, i in given:
-                kind = jobs[0].kind
-                self._given[i] = [job.number for job in jobs if job.number in view.waiting]
-                self._held[i] = kind if self._given[i] else self._held[i]  # else their callers left meanwhile
+                requests = [job.request for job in jobs]
+                self._given[i] = [each for each in requests if each in view.waiting and each not in late]
+                if self._given[i]:  # else their callers left meanwhile
+                    self._leaving |= {self._held[i] or _BACKBONE}
+                    self._held[i] = jobs[0].kind
             if not given:
                 break
-        return [digest for digest in held - set(self._held) if digest is not None]
+        self._leaving -= {_BACKBONE, *(digest for digest in self._held if digest is not None)}
 
     def _jobs(self, view: View, late: set[int]) -> InstanceView:
         taken = late.union(*self._given)
         waiting: dict[str, list[Job]] = {}
+        numbers = {}
         for i, request in view.waiting.items():
             digest = request.key.digest
-            if i not in taken and digest != _BACKBONE:
-                waiting.setdefault(digest, []).append(Job(i, digest, request.arrival_s, len(request.lengths)))
+            if digest == _BACKBONE:
+                continue
+            numbers[i] = self._numbers[i] if i in self._numbers else next(self._count)
+            if i not in taken:
+                job = Job(numbers[i], digest, request.arrival_s, len(request.lengths), request=i)
+                waiting.setdefault(digest, []).append(job)
+        self._numbers = numbers
         ordered = {digest: waiting[digest] for digest in sorted(waiting)}
         return InstanceView(
             view.now_s, ordered, [Instance(digest, self._is_idle(i)) for i, digest in enumerate(self._held)]
@@ -114,10 +135,10 @@ def _batch(view: View, requests: list[int]) -> Batch:
     room = view.max_batch_tokens
     for i in requests:
         request = view.waiting[i]
-        count, tokens = fitting(request.lengths, 0, None, room, alone=not slices)
-        if count:
-            slices.append(Slice(i, request.first, request.first + count))
+        inputs, tokens = fitting(request.lengths, 0, None, room, alone=not slices)
+        if inputs:
+            slices.append(Slice(i, request.first, request.first + inputs))
             room -= tokens
-        if count < len(request.lengths):
+        if inputs < len(request.lengths):
             break
     return Batch(tuple(slices))

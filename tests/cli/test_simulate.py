@@ -75,6 +75,7 @@ def test_instances_of_a_profile(capsys, tmp_path, profile):
         ([], "nothing says what a batch takes"),
         (["--tokens-per-s", "-1"], "--tokens-per-s is -1.0"),
         ([*LINE, "--policy", "lifo"], "the policy is 'lifo'"),
+        ([*LINE, "--policy", "fair,omls"], "the policy 'omls' is for instances"),
         ([*LINE, "--module-bytes", "2000000000"], "more than --module-budget-bytes"),
         ([*LINE, "--trace", "nowhere.log"], "nowhere.log"),
         (["--profile", "nowhere.json"], "the profile nowhere.json cannot be read"),
@@ -110,14 +111,17 @@ def test_batches_in_a_log_tell_how_fast_its_machine_was(capsys, tmp_path):
     """Told 1 ms and 0.1 ms a token, which makes 11 and 21 ms. In the first second they took 44 ms and, from when that
     one ended, 84 ms; in the third one 33 ms; in the others nothing is known but the mean."""
     write_log(tmp_path / "log", [Offered(0.25 + i, "a", (100,)) for i in range(4)], {})
-    batches = [(100, 4, 2, 0.1, 0.144), (200, 4, 2, 0.11, 0.228), (100, 1, 1, 2.5, 2.533)]
+    batches = [(100, 4, 2, 0.1, 0.144), (200, 4, 2, 0.11, 0.228), (100, 1, 1, 2.4, 2.533)]
     with (tmp_path / "log").open("a") as file:
         file.writelines(json.dumps({"batch": batch}) + "\n" for batch in batches)
+        file.write('{"other": 2.5}\n')  # until then the third one waited
     assert read_log(tmp_path / "log").batches == batches
     found = simulated(capsys, *LINE, "--trace", str(tmp_path / "log"))
-    mean = (44 + 84 + 33) / (11 + 21 + 11)
-    assert found["to_profile"] == pytest.approx(mean, abs=1e-4)
-    assert found["policies"][0]["mean_ms"] == pytest.approx((44 + 33 + 2 * 11 * mean) / 4, abs=1e-3)
+    # The best line would be below 0 at 0, so it is that through 0.
+    slope = (11 * 44 + 21 * 84 + 11 * 33) / (11**2 + 21**2 + 11**2)
+    assert found["pace"] == {"slope": pytest.approx(slope, abs=1e-4), "fixed_ms": 0}
+    first, third = (44 + 84) / (11 + 21), 33 / 11
+    assert found["policies"][0]["mean_ms"] == pytest.approx(11 * (first + third + 2 * slope) / 4, abs=1e-3)
 
 
 @pytest.mark.parametrize(
