@@ -31,13 +31,14 @@ step() {
 # The checkout's own pytest settings name plug-ins that the machine may lack.
 pytest=("$python" -m pytest -c /dev/null --rootdir=. --confcutdir=. --import-mode=importlib -q -rs -p no:cacheprovider)
 
-step operators 110 "${pytest[@]}" tests/cuda/test_operators.py --junitxml="$work/operators.xml"
+step operators 100 "${pytest[@]}" tests/cuda/test_operators.py --junitxml="$work/operators.xml"
 step model 80 "${pytest[@]}" tests/cuda/test_streams.py tests/cuda/test_model.py tests/cuda/test_engine.py tests/cuda/test_operator_streams.py --junitxml="$work/model.xml"
-step device 90 "$python" -m benchmarks.device "${quick[@]}"
-step overlap 50 "$python" -m benchmarks.overlap --json --kinds adapter --budgets 0.01 --rounds 3
+step device 85 "$python" -m benchmarks.device "${quick[@]}"
+step overlap 40 "$python" -m benchmarks.overlap --json --kinds adapter --budgets 0.01 --rounds 3
 step pets_throughput 27 "$python" -m benchmarks.experiments.pets_throughput --json --device cuda --full-models "${tasks[@]}"
 step pets_batching 28 "$python" -m benchmarks.experiments.pets_batching --json --device cuda --tasks 32 --std 1 8 "${pool[@]}"
 step streams 36 "$python" -m benchmarks.experiments.pets_streams --json --shape minilm-l6 --tasks 32 --lengths 4 32 --streams 1 2 4 0 --rounds 5
+step instances 28 "$python" -m benchmarks.experiments.fastptm_instances --json --device cuda --kinds 4 --requests 24 --traces cyclic --instances 2 --systems "weight swap" fair kind-batches
 # Further benchmarks go here, one step each: what they print as JSON becomes a row of suite.json.
 if command -v compute-sanitizer >/dev/null; then
     # Every tensor in an allocation of its own, so that an access behind its end is seen.

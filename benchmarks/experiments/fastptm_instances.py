@@ -32,7 +32,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import uvloop
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers import logging as transformers_logging
@@ -49,6 +48,7 @@ from runtime.cost import TYPICAL_LENGTH, CostModel
 from runtime.policies.instances import INSTANCE_POLICIES
 from runtime.policies.named import Instances, batch_policy
 from runtime.probes import Probes
+from runtime.uploads import all_moved_at_once
 from vbert.formats import read_backbone
 from vbert.model import Model, SequenceInput
 
@@ -83,6 +83,7 @@ class Models:
     tuned: tuple[Path, ...]
     items: int
     tokens: int
+    device: str
 
     @property
     def ids(self) -> list[int]:
@@ -96,11 +97,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
         original = write_backbone(args.shape, Path(folder) / "original", seed=0)
         tuned = [fine_tuned(original, Path(folder) / f"tuned{i}", seed=i + 1) for i in range(args.kinds)]
-        models = Models(original, tuple(tuned), args.items, args.tokens)
+        models = Models(original, tuple(tuned), args.items, args.tokens, args.device)
         args.cost, args.load_s = _costs(models, args.threads)
         cells = [(trace, count) for trace in args.traces for count in args.instances]
         rows = [row for cell in track(cells, "traces and instances") for row in _cell(models, *cell, args)]
-    names = ("shape", "kinds", "requests", "items", "tokens", "threads")
+    names = ("shape", "device", "kinds", "requests", "items", "tokens", "threads")
     result = {
         "benchmark": "fastptm_instances",
         "machine": describe() | neighbours.report(),
@@ -147,6 +148,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--instances", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--systems", nargs="+", choices=(*BASELINES, *POLICIES), default=[*BASELINES, *POLICIES])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="cores that compute")
     parser.add_argument("--scratch", type=Path, help="where the models are written (default: the system's folder)")
     return parser.parse_args(argv)
@@ -160,7 +162,7 @@ def _cell(models: Models, trace: str, instances: int, args: argparse.Namespace) 
             torch.set_num_threads(max(1, args.threads // instances))
             found = _on_threads(models, asked, instances, each_time=system == BASELINES[0])
         else:
-            found = uvloop.run(_served(models, asked, instances, system, args))
+            found = asyncio.run(_served(models, asked, instances, system, args))
         name = system if system in BASELINES else f"vbert, {system}"
         yield {"trace": trace, "instances": instances, "system": name} | found
 
@@ -220,7 +222,7 @@ def _work(
     switched: Callable[[float], None],
     each_time: bool,
 ) -> None:
-    ids = torch.tensor([models.ids])
+    ids = torch.tensor([models.ids], device=models.device)
     held: int | None = None
     model = None if each_time else _built(models)
     while (job := mine.get()) is not None:
@@ -236,6 +238,8 @@ def _work(
         with torch.inference_mode():
             for _ in range(models.items):
                 model(input_ids=ids)
+            if models.device == "cuda":
+                torch.cuda.current_stream().synchronize()
         answered(Answer(begin_s - came_s, time.perf_counter() - came_s))
 
 
@@ -244,7 +248,7 @@ def _built(models: Models) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(models.original, num_labels=2)
     model = AutoModelForSequenceClassification.from_config(config)
     model.base_model.load_state_dict(load_file(models.original / "model.safetensors"), strict=False)
-    return model.eval()
+    return model.eval().to(models.device)
 
 
 # ---- ours ----------------------------------------------------------------------------------------------------------
@@ -257,6 +261,7 @@ async def _served(
         config = EngineConfig(
             backbone=str(models.original),
             store=str(Path(folder) / "store"),
+            device=args.device,
             dtype="float32",  # as the baselines
             compute_threads=args.threads,
             store_dtype="float32",
@@ -294,9 +299,10 @@ def _costs(models: Models, threads: int) -> tuple[CostModel, float]:
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         backbone = read_backbone(models.original)
-        probes, model = Probes(backbone, torch.float32, Path(folder)), Model.load(backbone, "float32", "cpu")
+        probes, model = Probes(backbone, torch.float32, Path(folder)), Model.load(backbone, "float32", models.device)
         file = probes.write(0, kind="weights")
-        batch = [SequenceInput(models.ids, [0] * models.tokens, probes.load(file))] * models.items
+        (tenant,) = all_moved_at_once([probes.load(file)], model)
+        batch = [SequenceInput(models.ids, [0] * models.tokens, tenant)] * models.items
         runs = {"batch": lambda: model.forward(model.pack(batch)), "load": lambda: probes.load_and_release(file)}
         timings = interleave(runs, rounds=5)
     batch_s, load_s = (float(np.median(timings[name].seconds)) for name in ("batch", "load"))
