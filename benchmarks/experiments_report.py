@@ -21,11 +21,13 @@ def tables(
         "fastptm_switch": lambda: _switch(results("fastptm_switch")[-1], where, markdown),
         "fastptm_compress": lambda: _compress(results("fastptm_compress"), markdown),
         "fastptm_instances": lambda: _instances(results("fastptm_instances"), where, markdown),
-        "pets_throughput": lambda: _pets(results("pets_throughput")[-1], where, markdown),
+        "pets_throughput": lambda: "\n\n".join(
+            f"{shape}. {_pets(result, where, markdown)}" for shape, result in _of_shapes(results("pets_throughput"))
+        ),
         "pets_batching": lambda: _batching(results("pets_batching")[-1], where, markdown),
         "pets_batching_cuts": lambda: _batching_cuts(results("pets_batching")[-1]["rows"], markdown),
         "pets_streams": lambda: _pets_streams(results("pets_streams")[-1], where, markdown),
-        "pets_memory": lambda: _pets_memory(results("pets_throughput")[-1]["rows"], markdown),
+        "pets_memory": lambda: _pets_memory(_of_shapes(results("pets_throughput")), markdown),
     }
 
 
@@ -113,7 +115,7 @@ def _instances(found: Sequence[Row], where: Callable[[Mapping[str, Any]], str], 
     header = ["trace", "instances", "what", "total s", "waited over 3 s", "answered after 3 s", "loads", "ms a load"]
     names = ("trace", "instances", "system", "total_s", "overtimes", "late", "switches", "switch_ms", "mean_s", "p99_s")
     parts = []
-    for result in {each["config"]["shape"]: each for each in found}.values():
+    for _, result in _of_shapes(found):
         config = result["config"]
         title = (
             f"{config['shape']}, {config['kinds']} models, {config['requests']} requests of {config['items']} inputs"
@@ -155,16 +157,14 @@ def _pets(result: Row, where: Callable[[Mapping[str, Any]], str], markdown: Mark
     return where(result) + markdown([*header, "parallel /s"], body)
 
 
-def _pets_memory(rows: list[Row], markdown: Markdown) -> str:
+def _pets_memory(found: Sequence[tuple[str, Row]], markdown: Markdown) -> str:
     body = [
-        [round(row["task_bytes"] / 2**20, 2), round(row["model_bytes"] / 2**20, 1), f"{row['models_to_tasks']}x"]
-        for row in rows
+        [shape, round(row["task_bytes"] / 2**20, 2), round(row["model_bytes"] / 2**20, 1), f"{row['models_to_tasks']}x"]
+        for shape, result in found
+        for row in result["rows"]
         if row["part"] == "memory"
     ]
-    return markdown(["MiB a task", "MiB a full model", "tasks in the memory of one model"], body)
-
-
-_BASELINE = "fixed, padded"
+    return markdown(["shape", "MiB a task", "MiB a full model", "tasks in the memory of one model"], body)
 
 
 def _batching(result: Row, where: Callable[[Mapping[str, Any]], str], markdown: Markdown) -> str:
@@ -214,3 +214,8 @@ def _pets_streams(result: Row, where: Callable[[Mapping[str, Any]], str], markdo
         for (tasks, length), of in cells.items()
     ]
     return where(result) + markdown(["tasks", "tokens a query", "queries /s, 1 stream", *others], body)
+
+
+def _of_shapes(found: Sequence[Row]) -> list[tuple[str, Row]]:
+    """The newest result of each shape."""
+    return list({result["config"]["shape"]: result for result in found}.items())
