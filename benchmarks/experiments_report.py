@@ -167,6 +167,9 @@ def _pets_memory(found: Sequence[tuple[str, Row]], markdown: Markdown) -> str:
     return markdown(["shape", "MiB a task", "MiB a full model", "tasks in the memory of one model"], body)
 
 
+_BASELINE = "fixed, padded"
+
+
 def _batching(result: Row, where: Callable[[Mapping[str, Any]], str], markdown: Markdown) -> str:
     """Queries/s of every strategy to those of fixed batches with padding, by pool, and which has most."""
     pools = _of_pools(result["rows"])
