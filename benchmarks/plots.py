@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +49,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     except NotMeasured as absent:
         raise ConfigError(str(absent)) from absent
     newest = {(each["config"].get("shape"), each["rows"][0].get("set")): each["rows"] for each in every}
-    rows = [row for found in newest.values() for row in found]
-    draw(args.file, importlib.import_module(f"benchmarks.experiments.{args.name}").panels(rows))
+    of_shape: dict[str | None, list[dict[str, Any]]] = {}
+    for (shape, _), rows in newest.items():
+        of_shape.setdefault(shape, []).extend(rows)
+    panels = importlib.import_module(f"benchmarks.experiments.{args.name}").panels
+    named = [(shape, panel) for shape, rows in of_shape.items() for panel in panels(rows)]
+    draw(args.file, [replace(each, title=f"{shape}: {each.title}") if shape else each for shape, each in named])
 
 
 def plot_flag(parser: argparse.ArgumentParser) -> None:
