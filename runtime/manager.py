@@ -207,9 +207,9 @@ class Manager:
         self.recheck()
 
     def drop(self, digest: str) -> None:
-        """Evict a module that is not wanted any more, if it is here and not in use."""
-        if digest in self._resident and not self._is_pinned(digest):
-            self._evict(digest)
+        """Let a module go that is here and not held, when nothing that runs uses it any more, whoever waits for it."""
+        if digest in self._resident and digest not in self._held:
+            self._let_go(digest)
             self.recheck()
 
     def recheck(self) -> None:
