@@ -19,7 +19,7 @@ from vbert.tenant import Affine, Bottleneck, Delta, LowRank, Sparse, TenantModul
 
 __all__ = ["Probes"]
 
-_ARENA_BYTES = 2 * 2**30  # address space, not memory
+_ARENA_BYTES = 16 * 2**30  # address space, not memory
 _LOW_RANK_SITES = ("q", "v")
 _BOTTLENECK_SITES = ("attn.output>output", "ffn.output>output")
 
