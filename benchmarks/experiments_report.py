@@ -149,10 +149,13 @@ def _pets(result: Row, where: Callable[[Mapping[str, Any]], str], markdown: Mark
             cells.setdefault((row["queries"], row["tasks"]), {})[row["system"]] = row
     body: list[list[object]] = []
     for (queries, tasks), of in cells.items():
-        ours, speeds = of["vbert"], {name: row["requests_per_s"] for name, row in of.items()}
-        own = 1 - speeds["vbert"] / speeds["bare backbone"] if "bare backbone" in of else 0.0
+        speeds = {name: row["requests_per_s"] for name, row in of.items()}
+        ours: list[object] = ["-", "-", "-"]
+        if "vbert" in of:
+            own = 1 - speeds["vbert"] / speeds["bare backbone"] if "bare backbone" in of else 0.0
+            ours = [speeds["vbert"], f"{of['vbert']['to_one_task']:.2f}x", f"{own:.0%}"]
         others = [speeds.get(name, "-") for name in ("full models in turn", "full models, parallel")]
-        body.append([queries, tasks, speeds["vbert"], f"{ours['to_one_task']:.2f}x", f"{own:.0%}", *others])
+        body.append([queries, tasks, *ours, *others])
     header = ["queries a task", "tasks", "queries /s", "to one task", "tasks' own work", "full models in turn /s"]
     return where(result) + markdown([*header, "parallel /s"], body)
 
