@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import Field, fields
+from itertools import chain
 from typing import Any
 
 __all__ = ["ENVIRONMENT_HELP", "add_flag", "add_flags", "given"]
@@ -39,7 +40,9 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
 
 def given(args: argparse.Namespace, config: type) -> dict[str, Any]:
     """The fields of `config` that a flag or an environment variable sets."""
-    return {each.name: getattr(args, each.name) for each in fields(config) if hasattr(args, each.name)}
+    values = {each.name: getattr(args, each.name) for each in fields(config) if hasattr(args, each.name)}
+    # of "A,B" "C", words of one flag, each a tuple: see `_parsing`
+    return {name: tuple(chain(*value)) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _parsing(each: Field[Any]) -> dict[str, Any]:
@@ -47,7 +50,8 @@ def _parsing(each: Field[Any]) -> dict[str, Any]:
     kind = str if each.default is None else type(each.default)
     if kind is tuple:
         of = each.metadata.get("of", str)
-        return {"type": lambda text: tuple(of(part) for part in text.split(",")), "metavar": _METAVARS[tuple]}
+        parsing = {"type": lambda text: tuple(of(part) for part in text.split(",")), "metavar": _METAVARS[tuple]}
+        return parsing | ({"nargs": "+"} if each.metadata.get("files") else {})  # a shell writes *.txt as several words
     return {"type": kind, "metavar": _METAVARS[kind]}
 
 

@@ -30,11 +30,14 @@ def setting(
     choices: tuple[str, ...] = (),
     at_least: float | None = None,
     of: type[Any] = str,
+    files: bool = False,
 ) -> Any:
-    """A field with what `--help` says of it and what its value is checked against. of: what a tuple holds."""
+    """A field with what `--help` says of it and what its value is checked against. of: what a tuple holds. files: its
+    items may be words of their own, as a shell writes *.txt."""
     if choices:
         help_text += f" ({', '.join(choices)})"
-    return field(default=default, metadata={"help": help_text, "choices": choices, "at_least": at_least, "of": of})
+    metadata = {"help": help_text, "choices": choices, "at_least": at_least, "of": of, "files": files}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,8 +18,12 @@ class DistillConfig:
     """One student. The defaults are those of training/recipes/distill/minilm-l6-3+3.toml."""
 
     backbone: str = setting("", "transformers folder of the teacher; with objective mlm, of the skip backbone to adapt")
-    texts: tuple[str, ...] = setting((), "unlabelled text: .txt, a text a line, or .jsonl, each also with .gz")
-    own_texts: tuple[str, ...] = setting((), "text as tenants will send it; half of all batches are drawn from it")
+    texts: tuple[str, ...] = setting(
+        (), "unlabelled text: .txt, a text a line, or .jsonl, each also with .gz", files=True
+    )
+    own_texts: tuple[str, ...] = setting(
+        (), "text as tenants will send it; half of all batches are drawn from it", files=True
+    )
     out: str = setting("", "folder to write the skip backbone to, and meanwhile how far it is")
 
     objective: str = setting(

@@ -1,12 +1,15 @@
 """From a plain folder to tenants that skip: `vbert distill`, `ngrams`, `train`, as a user goes through them."""
 
+import argparse
 import asyncio
 import json
 
 import pytest
 
 from runtime import Engine, EngineConfig
+from runtime.flags import add_flags, given
 from tests.tiny import TEXTS
+from training.distill_config import DistillConfig
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +27,22 @@ def rows(tmp_path_factory):
     return path
 
 
+@pytest.mark.parametrize("words", [["a.txt,b.txt"], ["a.txt", "b.txt"]], ids=["commas", "words"])
+@pytest.mark.parametrize("from_variable", [False, True])
+def test_files_are_words_or_parted_by_commas(words, from_variable, monkeypatch):
+    if from_variable:
+        monkeypatch.setenv("VBERT_OWN_TEXTS", "c.txt,d.txt")
+    parser = argparse.ArgumentParser()
+    add_flags(parser, DistillConfig)
+    settings = given(parser.parse_args(["--texts", *words, "--upper", "9,11"]), DistillConfig)
+    own = {"own_texts": ("c.txt", "d.txt")} if from_variable else {}
+    assert settings == {"texts": ("a.txt", "b.txt"), "upper": (9, 11)} | own
+
+
 @pytest.mark.slow
 def test_from_a_plain_backbone_to_a_tenant_that_skips(ok, refused, backbone, corpus, rows, tmp_path):
     skip, table, store = tmp_path / "skip", tmp_path / "corpus.ngrams", tmp_path / "store"
-    distil = ("distill", "--backbone", backbone.folder, "--texts", corpus, "--skipped", 1, "--lower", 1)
+    distil = ("distill", "--backbone", backbone.folder, "--texts", corpus, corpus, "--skipped", 1, "--lower", 1)
     report = ok(*distil, "--tokens", 3000, "--batch-size", 16, "--out", skip, "--json")
     assert sum(report["after"].values()) < sum(report["before"].values())
     assert "skip backbone already" in refused(
