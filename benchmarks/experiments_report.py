@@ -24,8 +24,11 @@ def tables(
         "pets_throughput": lambda: "\n\n".join(
             f"{shape}. {_pets(result, where, markdown)}" for shape, result in _of_shapes(results("pets_throughput"))
         ),
-        "pets_batching": lambda: _batching(results("pets_batching")[-1], where, markdown),
-        "pets_batching_cuts": lambda: _batching_cuts(results("pets_batching")[-1]["rows"], markdown),
+        "pets_batching": lambda: "\n\n".join(
+            f"{shape}, {result['config']['queries']} queries. {_batching(result, where, markdown)}"
+            for shape, result in _of_shapes(results("pets_batching"))
+        ),
+        "pets_batching_cuts": lambda: _batching_cuts(_of_shapes(results("pets_batching")), markdown),
         "pets_streams": lambda: _pets_streams(results("pets_streams")[-1], where, markdown),
         "pets_memory": lambda: _pets_memory(_of_shapes(results("pets_throughput")), markdown),
     }
@@ -189,13 +192,16 @@ def _batching(result: Row, where: Callable[[Mapping[str, Any]], str], markdown: 
     return where(result) + markdown(["tasks", "std", f"{_BASELINE}, queries /s", *systems, "most"], body)
 
 
-def _batching_cuts(rows: list[Row], markdown: Markdown) -> str:
+def _batching_cuts(found: Sequence[tuple[str, Row]], markdown: Markdown) -> str:
     """Launches, tokens computed for each that was asked for, and milliseconds of cutting. Packed batches have the
     launches of padded ones and no padding."""
-    pools = _of_pools(rows)
-    systems = [name for name in next(iter(pools.values())) if name.endswith("padded") or name.startswith("filled")]
-    body = [[*pool, *(_cut(of[name]) for name in systems)] for pool, of in pools.items()]
-    return markdown(["tasks", "std", *(name.split(",")[0] for name in systems)], body)
+    body: list[list[object]] = []
+    systems: list[str] = []
+    for shape, result in found:
+        pools = _of_pools(result["rows"])
+        systems = [name for name in next(iter(pools.values())) if name.endswith("padded") or name.startswith("filled")]
+        body += [[shape, *pool, *(_cut(of[name]) for name in systems)] for pool, of in pools.items()]
+    return markdown(["shape", "tasks", "std", *(name.split(",")[0] for name in systems)], body)
 
 
 def _cut(row: Row) -> str:

@@ -52,11 +52,12 @@ def test_a_pool_is_measured_by_all_ways_and_drawn(monkeypatch, capsys, tmp_path)
     result = json.loads(capsys.readouterr().out)
     assert [row["tasks"] for row in result["rows"]] == 11 * [4] + 11 * [2]
     assert {row["to_fixed"] for row in result["rows"] if row["system"] == pets_batching.BASELINE} == {1.0}
-    tables = experiments_report.tables(lambda name: [result], lambda _: "", markdown)
-    table, cuts = (tables[name]().splitlines() for name in ("pets_batching", "pets_batching_cuts"))
+    tables = experiments_report.tables(lambda name: [result], lambda _: "\n\n", markdown)
+    (title, _, *table), cuts = (tables[name]().splitlines() for name in ("pets_batching", "pets_batching_cuts"))
+    assert title == "minilm-l6, 24 queries. "
     assert len(table) == len(cuts) == 4
     assert table[0].count("|") == 2 + 1 + 10 + 1 + 1  # pool, baseline, ratios, the most; and the last line
-    assert cuts[0] == "| tasks | std | fixed | alpha-only | beta-only | coordinated | joint | filled |"
+    assert cuts[0] == "| shape | tasks | std | fixed | alpha-only | beta-only | coordinated | joint | filled |"
 
 
 @pytest.mark.slow
