@@ -9,7 +9,8 @@ layers, trained and tested on labelled sets, on the teacher and on each skip bac
   down to D tokens; *own P*: before it a table of the tenant's own domain, the head of its training texts' n-grams that
   covers the share P of their occurrences. coverage: share of the tokens that were tested whose whole tri-gram is there.
 
-Training and testing run on the trainer's own forward, in float32; the served one is tested to give the same numbers.
+Training and testing run on the trainer's own forward, tests in float32; the served one is tested to give the same
+numbers.
 With --append each set of each backbone is recorded when it is done, and what was recorded with the same settings is not
 measured again.
 """
@@ -48,10 +49,12 @@ from training.texts import read_texts
 from training.train_peft import fit_settings
 from vbert.errors import ConfigError
 from vbert.formats.transformers_folder import Backbone, read_backbone
+from vbert.model import resolve_dtype
 from vbert.ngram.counting import NgramCounts, head
 from vbert.ngram.index import build_index, look_up, ngram_keys
 from vbert.skip import SLOTS
 from vbert.tables import count_texts
+from vbert.tenant import PATHS
 from vbert.tokenizer import Tokenizer
 
 __all__ = ["main"]
@@ -142,8 +145,12 @@ def _settings(args: argparse.Namespace, name: str, backbone: Backbone) -> dict[s
     about = {"max_train_rows": args.max_train_rows, "epochs": args.epochs, "backbone": Path(args.teacher).name}
     about |= {"texts": [Path(file).name for file in args.texts], "entries": args.entries, "depths": args.depths}
     about |= {name: getattr(args, name) for name in ("own", "max_test_rows") if getattr(args, name)}
+    if resolve_dtype(args.dtype) != torch.float32:
+        about["dtype"] = "bfloat16"
     if backbone.skip is not None:
         about["steps"] = "as many for each path as alone"
+        if args.paths != list(PATHS):
+            about["paths"] = args.paths
     return about | {"system": name, "distilled": _distilled(backbone)}
 
 
@@ -174,6 +181,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-train-rows", type=int, default=3000)
     parser.add_argument("--max-test-rows", type=int, default=0, help="drawn at random, the same for all; 0: all")
     parser.add_argument("--epochs", type=int, default=3)
+    paths = {"nargs": "+", "choices": PATHS, "default": list(PATHS)}
+    parser.add_argument("--paths", **paths, help="of tenants of skip backbones")  # type: ignore[arg-type]
+    parser.add_argument("--dtype", default="float32", help="of products while training; tests are in float32")
     return parser.parse_args(argv)
 
 
@@ -206,14 +216,15 @@ def _counts(files: Iterable[str | Path], tokenizer: Tokenizer) -> NgramCounts:
     return counts
 
 
-def _ways(backbone: Backbone, tables: dict[int, Table], depths: Sequence[int]) -> Iterator[tuple[str, str, Any]]:
+def _ways(args: argparse.Namespace, backbone: Backbone, tables: dict[int, Table]) -> Iterator[tuple[str, str, Any]]:
     """Path to test, its name, and what it keeps of n-grams."""
     skip = backbone.skip
-    if skip is None or skip.config.first_layer:
+    if skip is None or (skip.config.first_layer and "plain" in args.paths):
         yield "plain", "plain", None
-    if skip is not None:
+    if skip is not None and "exact" in args.paths:
         yield "exact", "exact", None
-        for size, depth in itertools.product(tables, depths):
+    if skip is not None and "backoff" in args.paths:
+        for size, depth in itertools.product(tables, args.depths):
             yield "backoff", f"backoff {size} {depth}", (tables[size], depth)
 
 
@@ -236,6 +247,7 @@ def _tenant(
     tokenizer = Tokenizer.load(backbone.folder, backbone.config)
     parts = {name: Dataset(tokenise(part, tokenizer, labels, config.max_length)) for name, part in rows.items()}
     model, metric = build_model(config, backbone, labels), main_metric(task, labels)
+    model.halve_products(resolve_dtype(args.dtype) == torch.bfloat16)
     train, dev = (parts[name].frozen(model, config.frozen_cache_bytes) for name in ("train", "dev"))
 
     def dev_metric() -> float:
@@ -243,7 +255,8 @@ def _tenant(
 
     settings: FitSettings = fit_settings(config)
     fitted = fit(model, train, dev_metric, settings, silent)
-    ways = list(_ways(backbone, tables, args.depths))
+    model.halve_products(False)
+    ways = list(_ways(args, backbone, tables))
     if args.own and "backoff" in model.paths:
         files = [args.data / data / "train.jsonl.gz"]
         own, general = _counts(files, tokenizer), tables[min(tables)]
@@ -269,7 +282,8 @@ def _config(
     args: argparse.Namespace, backbone: Backbone, data: str, task: str, seed: int, backs_off: bool
 ) -> TrainConfig:
     skip, layers = backbone.skip, backbone.config.num_layers
-    paths = [path for path, _, _ in _ways(backbone, {}, ())] + (["backoff"] if backs_off and skip is not None else [])
+    learnt = [path for path, _, _ in _ways(args, backbone, {})]
+    learnt += ["backoff"] if backs_off and skip is not None and "backoff" in args.paths else []
     top = layers - skip.config.first_layer if skip is not None else 0
     recipe = read_recipe(ROOT / "training/recipes/lora.toml") | {"epochs": args.epochs, "seed": seed, "task": task}
     return TrainConfig(
@@ -278,7 +292,7 @@ def _config(
             "backbone": str(backbone.folder),
             "train": str(args.data / data / "train.jsonl.gz"),
             "out": str(Path(tempfile.gettempdir()) / "unused.safetensors"),
-            "paths": tuple(paths),
+            "paths": tuple(learnt),
             "top_layers": top or min(layers, args.top_layers),
         }
     )
@@ -293,7 +307,7 @@ def _stsb(args: argparse.Namespace, backbone: Backbone, tables: dict[int, Table]
     config = _config(args, backbone, "stsb", "classify", 0, bool(tables))
     model = build_model(replace(config, method="head", paths=config.paths), backbone, ("a", "b")).eval()
     tokenizer = Tokenizer.load(backbone.folder, backbone.config)
-    for path, name, stored in _ways(backbone, tables, args.depths):
+    for path, name, stored in _ways(args, backbone, tables):
         first, second = (
             _embedded(model, tokenizer, [row[part] for row in rows], path, stored) for part in ("text", "text_b")
         )

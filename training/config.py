@@ -104,6 +104,12 @@ class TrainConfig:
     frozen_cache_bytes: int = setting(
         2**30, "states of layers below the lowest delta are kept between epochs up to this size", at_least=0
     )
+    dtype: str = setting(
+        "float32",
+        "of products while training; what is measured and written is float32; auto: bfloat16 where the machine"
+        " multiplies it itself",
+        choices=("auto", "bfloat16", "float32"),
+    )
     seed: int = setting(0, "of initial weights, order and dropout", at_least=0)
     device: str = setting("auto", "auto is cuda where there is one", choices=("auto", "cpu", "cuda"))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from training.deltas import BottleneckDelta, TrainableDelta
 from training.head import TrainableHead
+from training.skip_layers import attend
 from training.skip_student import Batch, hashed_kept, read_lower
 from vbert.activations import activate
 from vbert.config import EMBEDDING_LAYER
@@ -71,6 +73,7 @@ class TenantModel(nn.Module):
         self.trainables, self.deltas, self.head = tuple(deltas), nn.ModuleList(deltas), head
         self.exit_layers = tuple(exits or ())
         self.exits = nn.ModuleList((exits or {}).values())
+        self._halved: dict[str, Tensor] = {}
         self.lowest_layer = min((*(delta.layer for delta in deltas), *self.exit_layers), default=self.config.num_layers)
         self._at: dict[tuple[int, str], list[TrainableDelta]] = {}
         for delta in deltas:
@@ -81,6 +84,11 @@ class TenantModel(nn.Module):
         self._lower = [lower._apply(fn) for lower in self._lower]  # type: ignore[no-untyped-call]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def halve_products(self, half: bool) -> None:
+        """In the layers products are of bfloat16, or of float32 again. States and heads stay float32."""
+        linears = [name for name in self.weights if name.startswith("layers.") and self.weights[name].ndim == 2]
+        self._halved = {name: self.weights[name].bfloat16() for name in linears} if half else {}
 
     @property
     def device(self) -> torch.device:
@@ -154,8 +162,9 @@ class TenantModel(nn.Module):
         tokens, kept = batch.tokens(), batch.kept
         if batch.path == "backoff" and kept is None:
             kept = hashed_kept(tokens, self._backoff_share)
-        rows: Tensor = self._lower[0](tokens, kept)
-        return rows, self._skip.config.first_layer
+        with self._autocast():
+            rows: Tensor = self._lower[0](tokens, kept)
+        return rows.float(), self._skip.config.first_layer
 
     def _position_ids(self, token_ids: Tensor) -> Tensor:
         """0, 1, 2, ...; with an offset as RoBERTa counts: a padding token, also one in a text, gets pad_token_id."""
@@ -166,17 +175,20 @@ class TenantModel(nn.Module):
 
     def _layers(self, hidden: Tensor, mask: Tensor, first: int, last: int) -> Tensor:
         bias = self._attention_bias(mask)
-        for layer in range(first, last):
-            hidden = self._sub_layer(layer, "attn", hidden, self._attention(layer, hidden, bias))
-            up = activate(self._linear(layer, "ffn_up", hidden), self.config.activation)
-            hidden = self._sub_layer(layer, "ffn", hidden, self._linear(layer, "ffn_down", up))
-        return hidden  # [B, n, H]
+        with self._autocast():
+            for layer in range(first, last):
+                hidden = self._sub_layer(layer, "attn", hidden, self._attention(layer, hidden, bias))
+                up = activate(self._linear(layer, "ffn_up", hidden), self.config.activation)
+                hidden = self._sub_layer(layer, "ffn", hidden, self._linear(layer, "ffn_down", up))
+        return hidden.float()  # [B, n, H]
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self._halved else nullcontext()
 
     def _attention(self, layer: int, hidden: Tensor, bias: Tensor | None) -> Tensor:
         shape = (*hidden.shape[:2], self.config.num_heads, self.config.head_size)
         q, k, v = (self._linear(layer, site, hidden).view(shape).transpose(1, 2) for site in "qkv")
-        context = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self._linear(layer, "attn_out", context.transpose(1, 2).flatten(2))
+        return self._linear(layer, "attn_out", attend(q, k, v, bias))
 
     def _sub_layer(self, layer: int, sub: str, entered: Tensor, output: Tensor) -> Tensor:
         """Residual and LayerNorm around a sub-layer, with a bottleneck between its taps where there is one."""
@@ -192,8 +204,8 @@ class TenantModel(nn.Module):
         return self._norm(layer, norm, output + entered)
 
     def _linear(self, layer: int, site: str, rows: Tensor) -> Tensor:
-        name = f"layers.{layer}.{site}"
-        out = F.linear(rows, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
+        weight, bias = f"layers.{layer}.{site}.weight", f"layers.{layer}.{site}.bias"
+        out = F.linear(rows, self._halved.get(weight, self.weights[weight]), self.weights[bias])
         for delta in self._at.get((layer, site), ()):
             out = out + delta(rows)
         return out

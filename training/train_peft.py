@@ -26,6 +26,7 @@ from training.progress import Progress, silent
 from training.task_teacher import TaskLoss, TaskTeacher
 from vbert.errors import ConfigError
 from vbert.formats.transformers_folder import Backbone, read_backbone
+from vbert.model import resolve_dtype
 from vbert.tokenizer import Tokenizer
 
 __all__ = ["TrainConfig", "TrainReport", "fit_settings", "read_recipe", "run"]
@@ -76,6 +77,7 @@ def run(config: TrainConfig, *, progress: Progress = silent) -> TrainReport:
     labels, parts = _read(config, backbone)
     targets = [float(e.target) for e in parts["train"].examples] if config.task == "regression" else []
     model = build_model(config, backbone, labels, targets).to(training_device(config.device))
+    model.halve_products(resolve_dtype(config.dtype, model.device) != torch.float32)
     metric = main_metric(config.task, labels)
     train, dev = (parts[name].frozen(model, config.frozen_cache_bytes, progress) for name in ("train", "dev"))
 
@@ -87,6 +89,9 @@ def run(config: TrainConfig, *, progress: Progress = silent) -> TrainReport:
         teacher = TaskTeacher.load(config, backbone, labels).to(model.device).eval()
         taught = Taught(TaskLoss.of(config, teacher, backbone.config.num_layers), parts["train"])
     fitted = fit(model, train, dev_metric, fit_settings(config), progress, taught)
+    if config.dtype != "float32":  # what is told and written is of float32, below the deltas too
+        model.halve_products(False)
+        dev = parts["dev"]
     measured = {"dev": dev} | ({"test": parts["test"]} if "test" in parts else {})
     by_path = {path: {name: evaluate(model, data, path) for name, data in measured.items()} for path in model.paths}
     results = by_path[model.paths[0]]

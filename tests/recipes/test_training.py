@@ -12,6 +12,7 @@ from training.batches import Dataset
 from training.build import build_model
 from training.data import Row, tokenise
 from training.loop import FitSettings, fit
+from training.model import PaddedBatch
 from training.progress import silent
 from training.train_peft import run
 from vbert.arena import Arena
@@ -100,6 +101,33 @@ def test_frozen_rows_change_nothing(make_config):
         kept, computed = (run(make_config(**settings, frozen_cache_bytes=size)) for size in (2**20, 0))
         assert kept.losses == pytest.approx(computed.losses, abs=1e-5)
         assert kept.dev_metrics == computed.dev_metrics
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("task", ["classify", "token_classify"])
+def test_in_bfloat16_products_differ_and_what_is_written_is_float32(make_config, task, method):
+    half, whole = (
+        run(make_config(task, top_layers=1, dtype=dtype, **METHODS[method])) for dtype in ("bfloat16", "float32")
+    )
+    assert half.losses != whole.losses
+    assert half.losses == pytest.approx(whole.losses, rel=0.05)
+    assert_serves_what_was_trained(half, read_backbone(make_config().backbone))
+
+
+def test_a_model_whose_products_were_halved_computes_as_before_afterwards(make_config):
+    config = make_config()
+    backbone = read_backbone(config.backbone)
+    model = build_model(config, backbone, ("a", "b")).eval()
+    ids = torch.tensor([[2, 5, 6, 3]])
+    batch = PaddedBatch(mask=ids > 0, token_ids=ids, type_ids=ids * 0)
+    before = model(batch)
+    model.halve_products(True)
+    half = model(batch)
+    model.halve_products(False)
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, before)
+    torch.testing.assert_close(half, before, rtol=0.05, atol=0.05)
+    assert torch.equal(model(batch), before)
 
 
 def test_deltas_lie_in_the_top_layers_only(make_config):
