@@ -51,6 +51,12 @@ class Segments:
         return len(self.slot)
 
     @cached_property
+    def only(self) -> tuple[int, slice]:
+        """Slot and rows where there is one segment."""
+        ((slot, start, stop),) = zip(self.slot.tolist(), self.start.tolist(), self.stop.tolist(), strict=True)
+        return slot, slice(start, stop)
+
+    @cached_property
     def contiguous(self) -> bool:
         return bool((self.start[1:] == self.stop[:-1]).all())
 

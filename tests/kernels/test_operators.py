@@ -40,8 +40,18 @@ def test_operator(check, shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
-def test_activations(activation, dtype):
-    check_bottleneck(Case(segments_of("zipf"), dtype, backend=Backend.CPU), activation=activation)
+@pytest.mark.parametrize("shape", ["zipf", [17]], ids=str)
+def test_activations(activation, shape, dtype):
+    check_bottleneck(Case(segments_of(shape), dtype, backend=Backend.CPU), activation=activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [[0, 7, 0], [40]], ids=str)
+@pytest.mark.parametrize("check", ["low_rank_3", "low_rank_qkv", "bottleneck"])
+def test_the_only_tenant_of_a_batch(check, lengths, dtype):
+    segments = segments_of(lengths)
+    segments.start[:], segments.stop[:] = segments.start + 3, segments.stop + 3  # rows of others come before
+    CHECKS[check](Case(segments, dtype, backend=Backend.CPU))
 
 
 def test_low_rank_of_a_wide_input():
