@@ -219,11 +219,13 @@ def _cells(rows: Iterable[Row]) -> Iterable[tuple[tuple[Any, ...], dict[str, Row
 
 
 def _where(result: Mapping[str, Any]) -> str:
-    """The line above a table: on what, when at which commit, and whether neighbours were busy."""
+    """The line above a table: on what, when at which commit, and whether neighbours were busy. Where the machine
+    multiplies bfloat16 itself, that is the dtype unless the table says another."""
     machine = result["machine"]
+    native = ", native bfloat16" if machine.get("native_bfloat16") else ""
     noise = f", {machine['other_cores']} cores busy with other work" if machine.get("noisy") else ""
     return (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['torch_threads']} threads, "
+        f"{machine['cpu']}{native}, {machine['cores']} cores, {machine['torch_threads']} threads, "
         f"torch {machine['versions']['torch']}, commit {result['commit']}{noise}; requests/s.\n\n"
     )
 
