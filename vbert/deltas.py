@@ -55,6 +55,11 @@ class BatchDeltas:
         return [use for uses in self._uses.values() for use in uses]
 
     @cached_property
+    def _sites(self) -> frozenset[tuple[int, str]]:
+        """Layers and sites where any class has a delta: elsewhere there is nothing to ask for."""
+        return frozenset().union(*(use.arena_class.at for use in self.uses))
+
+    @cached_property
     def groups(self) -> tuple[int, ...]:
         """The group of each of `uses`, named by its first: no row belongs to two groups."""
         starts = [set(use.segments.start.tolist()) for use in self.uses]  # two segments are the same rows, or none are
@@ -91,6 +96,8 @@ class BatchDeltas:
 
     def before_linear(self, layer: int, site: str, x: Tensor, *, in_place: bool = False) -> Tensor:
         """x [T, H_in] with the input scales of a site; a copy where one applies, unless `in_place`."""
+        if (layer, site) not in self._sites:
+            return x
 
         def has_one(uses: _Uses) -> bool:
             return scales_input(uses["affine"], layer, site)
@@ -102,6 +109,8 @@ class BatchDeltas:
 
     def after_linear(self, layer: int, x: Tensor, outs: Mapping[str, Tensor]) -> None:
         """Finish the linears in `outs` (site -> [T, H_out], shared bias in), which all read x, in place."""
+        if not any((layer, site) in self._sites for site in outs):
+            return
 
         def has_some(uses: _Uses) -> bool:
             adds = any_at((*uses["low_rank"], *uses["sparse"]), layer, outs)
@@ -116,6 +125,8 @@ class BatchDeltas:
 
     def bottleneck_rows(self, layer: int, site: str) -> slice | None:
         """A range that holds every row with a bottleneck at this site; None where there is none."""
+        if (layer, site) not in self._sites:
+            return None
         used = [use.segments for use in self._uses["bottleneck"] if use.at(layer, site)]
         if not used:
             return None
@@ -123,17 +134,19 @@ class BatchDeltas:
 
     def bottleneck(self, layer: int, site: str, tap: Tensor, out: Tensor) -> None:
         """Add the bottlenecks of a site, reading `tap` [T, H], into `out` [T, H]."""
-        self._each(
-            lambda uses: any_at(uses["bottleneck"], layer, (site,)),
-            lambda uses: add_bottleneck(uses["bottleneck"], layer, site, tap, out),
-        )
+        if (layer, site) in self._sites:
+            self._each(
+                lambda uses: any_at(uses["bottleneck"], layer, (site,)),
+                lambda uses: add_bottleneck(uses["bottleneck"], layer, site, tap, out),
+            )
 
     def norm(self, layer: int, site: str, rows: Tensor, out: Tensor, eps: float) -> None:
         """Overwrite `out` [T, H] where a tenant has its own LayerNorm; `rows` is what enters the LayerNorm."""
-        self._each(
-            lambda uses: any_at(uses["affine"], layer, (site,)),
-            lambda uses: replace_norm(uses["affine"], layer, site, rows, out, eps),
-        )
+        if (layer, site) in self._sites:
+            self._each(
+                lambda uses: any_at(uses["affine"], layer, (site,)),
+                lambda uses: replace_norm(uses["affine"], layer, site, rows, out, eps),
+            )
 
     def _each(self, has_some: Callable[[_Uses], bool], work: Callable[[_Uses], None]) -> None:
         """Do the work of all uses: side by side where several groups have some at this site."""
