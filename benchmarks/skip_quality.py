@@ -24,7 +24,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,11 @@ from training.build import build_model
 from training.config import TrainConfig, read_recipe
 from training.data import Row, label_names, read_rows, tokenise
 from training.evaluate import evaluate_with, main_metric, spearman
+from training.export_skip import read_window
 from training.loop import FitSettings, fit
 from training.model import PaddedBatch, TenantModel
 from training.progress import silent
+from training.skip_student import WindowLower
 from training.texts import read_texts
 from training.train_peft import fit_settings
 from vbert.errors import ConfigError
@@ -62,6 +64,38 @@ __all__ = ["main"]
 SETS = ("banking77", "clinc150", "trec", "sst2", "ag_news", "mrpc", "qnli", "snips", "atis", "wnut17", "cola", "rte")
 TOKEN_SETS = ("wnut17",)
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, slots=True)
+class Student:
+    """The teacher, or what learnt from it. window: of that kind, the lower end, on the teacher's backbone, and the
+    first layer above it."""
+
+    folder: Path
+    backbone: Backbone
+    window: tuple[WindowLower, int] | None = None
+
+    @classmethod
+    def read(cls, folder: Path, teacher: Backbone | None) -> Student:
+        window = None if teacher is None else read_window(folder, teacher)
+        if teacher is None or window is None:
+            return cls(folder, read_backbone(folder))
+        return cls(folder, teacher, window)
+
+    @property
+    def first_layer(self) -> int:
+        """The first one above those that are skipped; 0: none is, or nothing else is there."""
+        if self.window is not None:
+            return self.window[1]
+        return 0 if self.backbone.skip is None else self.backbone.skip.config.first_layer
+
+    def model(self, config: TrainConfig, labels: tuple[str, ...]) -> TenantModel:
+        """Of a tenant."""
+        model = build_model(replace(config, paths=()) if self.window else config, self.backbone, labels)
+        if self.window is not None:
+            model.skip_with(*self.window)
+            model.paths = ("exact",)
+        return model
 
 
 class Table:
@@ -112,12 +146,12 @@ class Stored:
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     neighbours = Neighbours()
-    backbones = {"teacher": read_backbone(args.teacher)}
+    backbones = {"teacher": Student.read(Path(args.teacher), None)}
     for item in args.skip:
         name, _, folder = item.partition("=")
         if not folder:
             raise ConfigError(f"skip has {item!r}; write NAME=FOLDER")
-        backbones[name] = read_backbone(folder)
+        backbones[name] = Student.read(Path(folder), backbones["teacher"].backbone)
     rows: list[dict[str, Any]] = []
     done = _recorded(args, backbones) if args.append else set()
     with Progress(console=Console(stderr=True), transient=True) as bar:
@@ -141,20 +175,20 @@ def main(argv: Sequence[str] | None = None) -> None:
                 rows = []
 
 
-def _settings(args: argparse.Namespace, name: str, backbone: Backbone) -> dict[str, Any]:
+def _settings(args: argparse.Namespace, name: str, student: Student) -> dict[str, Any]:
     about = {"max_train_rows": args.max_train_rows, "epochs": args.epochs, "backbone": Path(args.teacher).name}
     about |= {"texts": [Path(file).name for file in args.texts], "entries": args.entries, "depths": args.depths}
     about |= {name: getattr(args, name) for name in ("own", "max_test_rows") if getattr(args, name)}
     if resolve_dtype(args.dtype) != torch.float32:
         about["dtype"] = "bfloat16"
-    if backbone.skip is not None:
+    if student.backbone.skip is not None:
         about["steps"] = "as many for each path as alone"
         if args.paths != list(PATHS):
             about["paths"] = args.paths
-    return about | {"system": name, "distilled": _distilled(backbone)}
+    return about | {"system": name, "distilled": _distilled(student)}
 
 
-def _recorded(args: argparse.Namespace, backbones: dict[str, Backbone]) -> set[tuple[str, str, int]]:
+def _recorded(args: argparse.Namespace, backbones: dict[str, Student]) -> set[tuple[str, str, int]]:
     """System, set and seed of what was measured before with these settings."""
     try:
         before = results("skip_quality")
@@ -191,8 +225,8 @@ def _told(name: str, data: str, seed: int, row: dict[str, Any]) -> dict[str, Any
     return {"system": name, "set": data, "seed": seed} | row
 
 
-def _distilled(backbone: Backbone) -> dict[str, Any] | None:
-    path = backbone.folder / "distilled.json"
+def _distilled(student: Student) -> dict[str, Any] | None:
+    path = student.folder / "distilled.json"
     if not path.is_file():
         return None
     settings = json.loads(path.read_text())["settings"]
@@ -200,11 +234,11 @@ def _distilled(backbone: Backbone) -> dict[str, Any] | None:
     return {name: value for name, value in settings.items() if name not in places}
 
 
-def _tables(args: argparse.Namespace, backbones: dict[str, Backbone]) -> dict[int, Table]:
+def _tables(args: argparse.Namespace, backbones: dict[str, Student]) -> dict[int, Table]:
     """By size; of no size where nothing can back off."""
-    if not args.texts or all(backbone.skip is None for backbone in backbones.values()):
+    if not args.texts or all(each.backbone.skip is None for each in backbones.values()):
         return {}
-    teacher = backbones["teacher"]
+    teacher = backbones["teacher"].backbone
     counts = _counts(args.texts, Tokenizer.load(teacher.folder, teacher.config))
     return {size: Table(counts, size) for size in args.entries}
 
@@ -216,12 +250,12 @@ def _counts(files: Iterable[str | Path], tokenizer: Tokenizer) -> NgramCounts:
     return counts
 
 
-def _ways(args: argparse.Namespace, backbone: Backbone, tables: dict[int, Table]) -> Iterator[tuple[str, str, Any]]:
+def _ways(args: argparse.Namespace, student: Student, tables: dict[int, Table]) -> Iterator[tuple[str, str, Any]]:
     """Path to test, its name, and what it keeps of n-grams."""
-    skip = backbone.skip
-    if skip is None or (skip.config.first_layer and "plain" in args.paths):
+    skip = student.backbone.skip
+    if student.window is None and (skip is None or (skip.config.first_layer and "plain" in args.paths)):
         yield "plain", "plain", None
-    if skip is not None and "exact" in args.paths:
+    if student.window is not None or (skip is not None and "exact" in args.paths):
         yield "exact", "exact", None
     if skip is not None and "backoff" in args.paths:
         for size, depth in itertools.product(tables, args.depths):
@@ -232,11 +266,11 @@ def _ways(args: argparse.Namespace, backbone: Backbone, tables: dict[int, Table]
 
 
 def _tenant(
-    args: argparse.Namespace, backbone: Backbone, data: str, seed: int, tables: dict[int, Table]
+    args: argparse.Namespace, student: Student, data: str, seed: int, tables: dict[int, Table]
 ) -> Iterator[dict[str, Any]]:
     """Trained for every path of its backbone, tested on each."""
     task = "token_classify" if data in TOKEN_SETS else "classify"
-    config = _config(args, backbone, data, task, seed, bool(tables))
+    config, backbone = _config(args, student, data, task, seed, bool(tables)), student.backbone
     rows = {part: read_rows(args.data / data / f"{part}.jsonl.gz", task) for part in ("train", "dev", "test")}
     labels = label_names(rows["train"])
     if task == "classify":  # a label that nobody could learn is left out
@@ -246,7 +280,7 @@ def _tenant(
     rows["test"] = _drawn(rows["test"], args.max_test_rows or len(rows["test"]), 0)
     tokenizer = Tokenizer.load(backbone.folder, backbone.config)
     parts = {name: Dataset(tokenise(part, tokenizer, labels, config.max_length)) for name, part in rows.items()}
-    model, metric = build_model(config, backbone, labels), main_metric(task, labels)
+    model, metric = student.model(config, labels), main_metric(task, labels)
     model.halve_products(resolve_dtype(args.dtype) == torch.bfloat16)
     train, dev = (parts[name].frozen(model, config.frozen_cache_bytes) for name in ("train", "dev"))
 
@@ -256,7 +290,7 @@ def _tenant(
     settings: FitSettings = fit_settings(config)
     fitted = fit(model, train, dev_metric, settings, silent)
     model.halve_products(False)
-    ways = list(_ways(args, backbone, tables))
+    ways = list(_ways(args, student, tables))
     if args.own and "backoff" in model.paths:
         files = [args.data / data / "train.jsonl.gz"]
         own, general = _counts(files, tokenizer), tables[min(tables)]
@@ -279,12 +313,12 @@ def _drawn(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
 
 
 def _config(
-    args: argparse.Namespace, backbone: Backbone, data: str, task: str, seed: int, backs_off: bool
+    args: argparse.Namespace, student: Student, data: str, task: str, seed: int, backs_off: bool
 ) -> TrainConfig:
-    skip, layers = backbone.skip, backbone.config.num_layers
-    learnt = [path for path, _, _ in _ways(args, backbone, {})]
+    backbone, skip, layers = student.backbone, student.backbone.skip, student.backbone.config.num_layers
+    learnt = [path for path, _, _ in _ways(args, student, {})]
     learnt += ["backoff"] if backs_off and skip is not None and "backoff" in args.paths else []
-    top = layers - skip.config.first_layer if skip is not None else 0
+    top = layers - student.first_layer if skip is not None or student.window is not None else 0
     recipe = read_recipe(ROOT / "training/recipes/lora.toml") | {"epochs": args.epochs, "seed": seed, "task": task}
     return TrainConfig(
         **recipe
@@ -301,13 +335,13 @@ def _config(
 # ---- sentence similarity -------------------------------------------------------------------------------------------
 
 
-def _stsb(args: argparse.Namespace, backbone: Backbone, tables: dict[int, Table]) -> Iterator[dict[str, Any]]:
+def _stsb(args: argparse.Namespace, student: Student, tables: dict[int, Table]) -> Iterator[dict[str, Any]]:
     with gzip.open(args.data / "stsb" / "test.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    config = _config(args, backbone, "stsb", "classify", 0, bool(tables))
-    model = build_model(replace(config, method="head", paths=config.paths), backbone, ("a", "b")).eval()
+    config, backbone = _config(args, student, "stsb", "classify", 0, bool(tables)), student.backbone
+    model = student.model(replace(config, method="head", paths=config.paths), ("a", "b")).eval()
     tokenizer = Tokenizer.load(backbone.folder, backbone.config)
-    for path, name, stored in _ways(args, backbone, tables):
+    for path, name, stored in _ways(args, student, tables):
         first, second = (
             _embedded(model, tokenizer, [row[part] for row in rows], path, stored) for part in ("text", "text_b")
         )

@@ -130,7 +130,7 @@ def _steps(config: Mapping[str, Any]) -> str:
     if "steps" in config:
         return "each"
     distilled = config["distilled"]
-    return "shared" if distilled is not None and distilled["kind"] != "full" else "-"
+    return "shared" if distilled is not None and distilled["kind"] not in ("full", "window") else "-"
 
 
 def _budget(config: Mapping[str, Any]) -> str:

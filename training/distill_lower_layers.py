@@ -27,7 +27,7 @@ from training.devices import training_device
 from training.distill_config import DistillConfig
 from training.distill_losses import DistilLoss, MaskedLoss
 from training.distill_state import Progressed, finished, read_state, write_state
-from training.export_skip import student_name, write_folder
+from training.export_skip import student_name, write_folder, write_window
 from training.progress import Progress, silent
 from training.skip_student import Batch, FullLower, SkipStudent, Teacher, random_kept
 from training.texts import Texts, draw
@@ -46,7 +46,7 @@ _LAST_PLACES = 16
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistillReport:
     """before, after: losses by part, on text that was not learnt from, with whole n-grams and with shortened ones.
-    fingerprint: of what was written; "" for the kind *window*, of which only these numbers are wanted."""
+    fingerprint: of what was written; "" for the kind *window*, which nothing serves."""
 
     path: Path
     fingerprint: str
@@ -76,10 +76,11 @@ def run(config: DistillConfig, *, progress: Progress = silent) -> DistillReport:
     state = run.train(learnt, before)
     if config.objective == "distil":  # else the positions are those of a finished student
         _extend_positions(student, config.max_length)
-    fingerprint = (
-        ""
-        if config.kind == "window"
-        else write_folder(
+    if config.kind == "window":
+        fingerprint = ""
+        write_window(folder, student)
+    else:
+        fingerprint = write_folder(
             folder,
             student.cpu(),
             backbone,
@@ -87,7 +88,6 @@ def run(config: DistillConfig, *, progress: Progress = silent) -> DistillReport:
             name=student_name(backbone, student),
             base=backbone.skip.base if config.objective == "mlm" and backbone.skip is not None else "",
         )
-    )
     student.to(device)
     after = run.measure(measured)
     finished(config)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from training.skip_student import Embeddings, FullLower, NgramLower, SkipStudent
+from training.skip_student import Embeddings, FullLower, NgramLower, SkipShape, SkipStudent, WindowLower
 from vbert.config import EncoderConfig
 from vbert.errors import ConfigError
 from vbert.formats.names import weight_keys
@@ -20,8 +21,9 @@ from vbert.formats.tensors import read_json
 from vbert.formats.transformers_folder import Backbone, fingerprint
 from vbert.skip import SLOTS, SkipConfig
 
-__all__ = ["skip_weights", "student_name", "write_folder"]
+__all__ = ["read_window", "skip_weights", "student_name", "write_folder", "write_window"]
 
+_WINDOW, _WORDS = "window.safetensors", "word"
 _OTHER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"),
     *("modules.json", "sentence_bert_config.json", "1_Pooling/config.json"),
@@ -66,6 +68,25 @@ def write_folder(
         type_vocab_size=len(student.lower.types),
     )
     return write_skip(folder, skip, skip_weights(student.lower), own, base)
+
+
+def write_window(folder: Path, student: SkipStudent) -> None:
+    """The lower end of a student of the kind *window*, for `read_window`. Raises OSError."""
+    tensors = {n: t.detach().cpu().contiguous() for n, t in student.lower.state_dict().items() if n != _WORDS}
+    save_file(tensors, folder / _WINDOW, metadata={"shape": json.dumps(asdict(student.shape))})
+
+
+def read_window(folder: Path, backbone: Backbone) -> tuple[WindowLower, int] | None:
+    """The lower end of a student of this kind and the first layer above it; None: the folder has another student.
+    backbone: its teacher. Raises OSError."""
+    if not (folder / _WINDOW).is_file():
+        return None
+    with safe_open(folder / _WINDOW, "pt") as file:
+        shape = SkipShape(**json.loads(file.metadata()["shape"]))
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+    lower = WindowLower(backbone, shape, torch.zeros(1, shape.sinks, backbone.config.hidden_size))
+    lower.load_state_dict(tensors | {_WORDS: lower.word})
+    return lower.requires_grad_(False).eval(), shape.skipped
 
 
 def skip_weights(lower: NgramLower) -> dict[str, Tensor]:

@@ -67,8 +67,10 @@ class TenantModel(nn.Module):
         exits: heads that read what enters a layer, by ascending layer."""
         super().__init__()
         self.paths, self._backoff_share = tuple(paths), backoff_share
-        self._skip = backbone.skip if self.paths != ("plain",) else None
-        self._lower = [] if self.paths == ("plain",) else [read_lower(backbone)]  # a list: no part of the state dict
+        self._lower: list[nn.Module] = []  # a list: no part of the state dict
+        self._above_lower = 0
+        if self.paths != ("plain",) and backbone.skip is not None:
+            self.skip_with(read_lower(backbone), backbone.skip.config.first_layer)
         self.config, self.weights = backbone.config, backbone.weights
         self.trainables, self.deltas, self.head = tuple(deltas), nn.ModuleList(deltas), head
         self.exit_layers = tuple(exits or ())
@@ -84,6 +86,10 @@ class TenantModel(nn.Module):
         self._lower = [lower._apply(fn) for lower in self._lower]  # type: ignore[no-untyped-call]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def skip_with(self, lower: nn.Module, first_layer: int) -> None:
+        """On other paths than plain, `lower` gives what enters a layer: it takes a Batch and what its n-grams keep."""
+        self._lower, self._above_lower = [lower], first_layer
 
     def halve_products(self, half: bool) -> None:
         """In the layers products are of bfloat16, or of float32 again. States and heads stay float32."""
@@ -158,13 +164,13 @@ class TenantModel(nn.Module):
 
     def _skipped(self, batch: PaddedBatch) -> tuple[Tensor, int]:
         """What the n-grams of a batch give, [B, n, H], and the first layer above them."""
-        assert self._skip is not None
+        (lower,) = self._lower
         tokens, kept = batch.tokens(), batch.kept
         if batch.path == "backoff" and kept is None:
             kept = hashed_kept(tokens, self._backoff_share)
         with self._autocast():
-            rows: Tensor = self._lower[0](tokens, kept)
-        return rows.float(), self._skip.config.first_layer
+            rows: Tensor = lower(tokens, kept)
+        return rows.float(), self._above_lower
 
     def _position_ids(self, token_ids: Tensor) -> Tensor:
         """0, 1, 2, ...; with an offset as RoBERTa counts: a padding token, also one in a text, gets pad_token_id."""

@@ -13,8 +13,11 @@ import torch
 
 import training.distill_lower_layers as distill
 from tests.tiny import TEXTS, tiny_backbone
-from training.config import read_recipe
+from training.build import build_model
+from training.config import TrainConfig, read_recipe
 from training.distill_config import DistillConfig
+from training.export_skip import read_window
+from training.model import PaddedBatch
 from training.skip_student import SkipStudent, hashed_kept, random_kept, read_lower
 from training.texts import Texts, draw, read_texts
 from vbert.errors import BadRequest, ConfigError
@@ -80,6 +83,23 @@ def test_other_students_learn_too(config, kind):
     assert total(report.after) < total(report.before)
     assert (report.path / "skip.json").exists() == (kind == "unigram")
     assert bool(report.fingerprint) == (kind == "unigram")
+
+
+def test_a_window_student_is_read_as_it_was_written(config, plain, monkeypatch):
+    students, write = [], distill.write_window
+    monkeypatch.setattr(distill, "write_window", lambda *args: (students.append(args[1]), write(*args)))
+    report = distill.run(replace(config, kind="window", window=7, tokens=2_000))
+    backbone = read_backbone(plain)
+    lower, first_layer = read_window(report.path, backbone)
+    assert first_layer == 2
+    ids = torch.tensor([[2, 5, 6, 7, 3], [2, 8, 3, 0, 0]])
+    batch = PaddedBatch(token_ids=ids, type_ids=ids * 0, mask=ids > 0, path="exact")
+    want = students[0].eval().lower(batch.tokens(), None)
+    assert torch.equal(lower(batch.tokens(), None), want)
+    model = build_model(TrainConfig(top_layers=2, backbone=str(plain)), backbone, ("a", "b"))
+    model.skip_with(lower, first_layer)
+    assert torch.equal(model.frozen_rows(batch).rows, want)
+    assert read_window(plain, backbone) is None
 
 
 def test_more_local_layers_than_upper_ones_are_adapted_too(config, tmp_path):
