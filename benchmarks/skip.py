@@ -59,7 +59,7 @@ __all__ = ["main"]
 
 SETS = ("banking77", "sst2", "ag_news")
 TOLERANCE = 1e-3  # of an L2-normalised embedding: two engines batch differently
-HALF_TOLERANCE = 2e-2  # where rows are stored as float16
+HALF_TOLERANCE = 2e-2  # where rows are stored as float16, or all is computed in bfloat16
 _CHECKED = 64
 _ONE_CLIENT = 4  # requests of a turn of one client
 
@@ -220,6 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "machine": describe() | neighbours.report(),
         "commit": commit(),
         "config": {name: getattr(args, name) for name in names}
+        | {"dtype": str(resolve_dtype(args.dtype)).removeprefix("torch.")}
         | {"backbone": next(iter(args.skip.values()), args.backbone).name, "skips": list(args.skip)},
         "rows": rows,
     }
@@ -244,6 +245,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--store-mib", type=int, default=256, help="of the sequence store, and of the n-gram cache")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     args = parser.parse_args(argv)
     for option in ("skip", "ngrams", "exits"):
         setattr(args, option, _named(option, getattr(args, option)))
@@ -300,6 +302,7 @@ async def _serving(args: argparse.Namespace, data: str, own: Sequence[str]) -> A
                 backbone=str(folders[name]),
                 store=str(scratch / f"store-{len(every)}"),
                 compute_threads=args.threads,
+                dtype=args.dtype,
                 sequence_store_bytes=args.store_mib * 2**20 if system.sequences else 0,
                 ngrams=tuple(tables) if system.ngrams else (),
                 ngram_cache_bytes=args.store_mib * 2**20 if system.ngrams else 0,
@@ -372,7 +375,8 @@ async def _check(every: Sequence[Served], work: Sequence[str]) -> None:
     for served in alike:
         system = served.system
         if system.same_as in answers:
-            tolerance = HALF_TOLERANCE if system.ngrams else TOLERANCE
+            whole = not system.ngrams and served.engine.dtype == "float32"
+            tolerance = TOLERANCE if whole else HALF_TOLERANCE
             worst = float(np.abs(answers[system.name] - answers[system.same_as]).max())
             if not worst <= tolerance:
                 raise SelfTestFailed(f"an answer of {system.name} differs from {system.same_as} by {worst:.3g}")

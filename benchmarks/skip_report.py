@@ -24,10 +24,11 @@ def tables(
         newest: dict[tuple[str, ...], Mapping[str, Any]] = {}
         for result in results("skip"):
             config = result["config"]
-            newest[config["backbone"], *config.get("systems", ()), *config.get("streams", ())] = result
+            dtype = config.get("dtype", "float32")  # the first results are of machines without another
+            newest[config["backbone"], dtype, *config.get("systems", ()), *config.get("streams", ())] = result
         return "\n\n".join(
-            f"**{backbone}**, {where(result)}{_skip(result, markdown)}"
-            for (backbone, *_), result in sorted(newest.items())
+            f"**{backbone}**, {dtype}, {where(result)}{_skip(result, markdown)}"
+            for (backbone, dtype, *_), result in sorted(newest.items())
         )
 
     return {
