@@ -61,7 +61,7 @@ SETS = ("banking77", "sst2", "ag_news")
 TOLERANCE = 1e-3  # of an L2-normalised embedding: two engines batch differently
 HALF_TOLERANCE = 2e-2  # where rows are stored as float16, or all is computed in bfloat16
 _CHECKED = 64
-_ONE_CLIENT = 4  # requests of a turn of one client
+_ONE_CLIENT = 16  # requests of a turn of one client: the first of them finds its weights out of the caches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
