@@ -19,7 +19,7 @@ from runtime.host_tier import HostTier
 from runtime.lanes import Lanes
 from runtime.launch import LEFT, Computed
 from runtime.loop import Pieces, ServingLoop, Tests
-from runtime.machine import usable_cores
+from runtime.machine import available_bytes, usable_cores
 from runtime.manager import Manager, typical_load_s
 from runtime.metrics import Metrics, MetricsSnapshot
 from runtime.module_files import ModuleFiles
@@ -43,11 +43,13 @@ from runtime.uploads import Uploads
 from runtime.wait_policy import log_collapse
 from runtime.weight_rules import WeightRules
 from vbert.errors import SelfTestFailed, VbertError
+from vbert.ngram.table import NgramTable
 from vbert.selftest import check_outputs
 
 __all__ = ["Core"]
 
 _log = logging.getLogger(__name__)
+_READ_AT_ONCE = 2**24  # bytes, some 10 ms
 
 
 class Core:
@@ -183,6 +185,26 @@ class Core:
             ngrams=ngrams, local=local, device=self.parts.device, compute=self.lanes.compute, idle=self._idle
         )
         await learner.run()
+
+    async def read_tables(self) -> None:
+        """Have the n-gram tables in the page cache, the most frequent n-grams first, as far as half of the free memory
+        goes: else the first texts after a start read the disk row by row."""
+        ngrams, left = self.parts.stores.ngrams, available_bytes() // 2
+        for table in () if ngrams is None else ngrams.tables:
+            left -= await self._read(table, left)
+
+    async def _read(self, table: NgramTable, most: int) -> int:
+        loop, done = asyncio.get_running_loop(), 0
+        try:
+            while done < most:
+                size = min(_READ_AT_ONCE, most - done)
+                count = await loop.run_in_executor(self.lanes.imports, table.read_ahead, done, size)
+                if not count:
+                    break
+                done += count
+        except OSError as error:
+            _log.warning("%s is not read ahead: %s", table.path, error)
+        return done
 
     def _record(self, pending: Pending, outcome: str) -> None:
         if (recorder := self.parts.recorder) is not None:

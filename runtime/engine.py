@@ -309,6 +309,7 @@ class Engine:
             tasks.create_task(core.loop.run(), name="vbert-loop")
             tasks.create_task(core.health.watch_loop_lag(), name="vbert-loop-lag")
             tasks.create_task(core.learn(), name="vbert-ngrams")
+            tasks.create_task(core.read_tables(), name="vbert-tables")
             started.set_result(core)
             await core.look_after()
 

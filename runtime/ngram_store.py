@@ -29,6 +29,7 @@ from torch import Tensor
 from vbert.entry import Entry, Tokens, ngrams_of
 from vbert.ngram.cache import NgramCache
 from vbert.ngram.index import Keys, Rows, shortened
+from vbert.ngram.table import NgramTable
 from vbert.packing import SequenceInput
 from vbert.skip import SLOTS, SkipConfig
 
@@ -113,7 +114,7 @@ class NgramStore:
         config: SkipConfig,
         width: int,
         *,
-        tables: Mapping[str, Sequence[_Source]],
+        tables: Mapping[str, Sequence[NgramTable]],
         cache_bytes: int,
         costs: PathCosts,
         most_shortened: float = 1.0,
@@ -123,6 +124,7 @@ class NgramStore:
         nothing."""
         self.config, self._width, self._costs, self._most_shortened = config, width, costs, most_shortened
         self._cache = NgramCache(cache_bytes, width) if cache_bytes else None
+        self.tables = [table for every in tables.values() for table in every]
         last: list[_Source] = list(tables.get("", ()))
         self._tables = {domain: [*own, *last] for domain, own in tables.items() if domain} | {"": last}
         self._wanted: dict[int, None] = {}  # the longest first

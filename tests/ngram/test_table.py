@@ -61,6 +61,12 @@ def test_an_index_without_a_free_place_ends_the_search(tmp_path, keys):
     assert (table.look_up(keys)[0] == -1).all()
 
 
+def test_a_file_is_read_ahead_to_its_end(tmp_path, keys):
+    write(tmp_path / "t.ngrams", keys)
+    table = NgramTable(tmp_path / "t.ngrams", None)
+    assert [table.read_ahead(begin, 100) for begin in (0, table.num_bytes - 30, table.num_bytes)] == [100, 30, 0]
+
+
 def test_rows_that_are_no_numbers_are_refused(tmp_path, keys):
     for bad, dtype in ((float("nan"), torch.int8), (1e6, torch.float16)):
         with pytest.raises(CorruptFile, match="not finite, or too large"):

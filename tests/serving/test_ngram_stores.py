@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from runtime import core
 from runtime.ngram_store import NgramStore, PathCosts
 from runtime.paths import table_files
 from tests.serving.helpers import add, until
@@ -58,6 +59,35 @@ async def test_a_domain_is_asked_first(world, on_skip):
         wanted = world.expected(module, TEXTS[1], "exact")
         np.testing.assert_allclose(shop.probabilities[0], wanted, **CLOSE)
         assert abs(bank.probabilities[0] - wanted).max() > 0.01
+
+
+@pytest.mark.parametrize("free", [0, 1000, 2**40])
+async def test_tables_are_read_ahead_as_far_as_half_of_the_free_memory_goes(world, on_skip, monkeypatch, free):
+    tables, read = [world.table(world.keys([text]), f"t{i}") for i, text in enumerate(TEXTS[:2])], []
+
+    def read_ahead(table, begin, count, read_part=NgramTable.read_ahead):
+        read.append(read_part(table, begin, count))
+        return read[-1]
+
+    monkeypatch.setattr(NgramTable, "read_ahead", read_ahead)
+    monkeypatch.setattr(core, "available_bytes", lambda: free)
+    monkeypatch.setattr(core, "_READ_AT_ONCE", 300)
+    async with on_skip(ngrams=tuple(tables)):
+        size = sum(NgramTable(path, None).num_bytes for path in tables)
+        await until(lambda: sum(read) == min(size, free // 2))
+
+
+async def test_a_table_that_went_away_is_not_read_ahead_and_serves(world, on_skip, monkeypatch, caplog):
+    def gone(table, begin, count):
+        raise FileNotFoundError("gone")
+
+    monkeypatch.setattr(NgramTable, "read_ahead", gone)
+    module = world.tenant(1, "exact")
+    async with on_skip(ngrams=(world.table(world.keys([TEXTS[0]])),)) as engine:
+        await until(lambda: "is not read ahead: gone" in caplog.text)
+        await add(engine, "t", module)
+        answer = await engine.classify("t", [TEXTS[0]])
+        np.testing.assert_allclose(answer.probabilities[0], world.expected(module, TEXTS[0], "exact"), **CLOSE)
 
 
 async def test_with_a_sequence_store_a_text_that_came_before_takes_neither_path(world, on_skip):
