@@ -196,11 +196,11 @@ def _batching_cuts(found: Sequence[tuple[str, Row]], markdown: Markdown) -> str:
     """Launches, tokens computed for each that was asked for, and milliseconds of cutting. Packed batches have the
     launches of padded ones and no padding."""
     body: list[list[object]] = []
-    systems: list[str] = []
+    names = dict.fromkeys(row["system"] for _, result in found for row in result["rows"])
+    systems = [name for name in names if name.endswith("padded") or name.startswith("filled")]
     for shape, result in found:
-        pools = _of_pools(result["rows"])
-        systems = [name for name in next(iter(pools.values())) if name.endswith("padded") or name.startswith("filled")]
-        body += [[shape, *pool, *(_cut(of[name]) for name in systems)] for pool, of in pools.items()]
+        for pool, of in _of_pools(result["rows"]).items():
+            body.append([shape, *pool, *(_cut(of[name]) if name in of else "-" for name in systems)])
     return markdown(["shape", "tasks", "std", *(name.split(",")[0] for name in systems)], body)
 
 

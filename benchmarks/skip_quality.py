@@ -152,6 +152,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not folder:
             raise ConfigError(f"skip has {item!r}; write NAME=FOLDER")
         backbones[name] = Student.read(Path(folder), backbones["teacher"].backbone)
+        if not _learnt(args, backbones[name], bool(args.texts)):
+            raise ConfigError(
+                f"paths {' '.join(args.paths)} leave none of {name}; backoff needs --texts, plain its layers"
+            )
     rows: list[dict[str, Any]] = []
     done = _recorded(args, backbones) if args.append else set()
     with Progress(console=Console(stderr=True), transient=True) as bar:
@@ -183,8 +187,8 @@ def _settings(args: argparse.Namespace, name: str, student: Student) -> dict[str
         about["dtype"] = "bfloat16"
     if student.backbone.skip is not None:
         about["steps"] = "as many for each path as alone"
-        if args.paths != list(PATHS):
-            about["paths"] = args.paths
+        if {*args.paths} != {*PATHS}:
+            about["paths"] = sorted(args.paths)
     return about | {"system": name, "distilled": _distilled(student)}
 
 
@@ -217,7 +221,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=3)
     paths = {"nargs": "+", "choices": PATHS, "default": list(PATHS)}
     parser.add_argument("--paths", **paths, help="of tenants of skip backbones")  # type: ignore[arg-type]
-    parser.add_argument("--dtype", default="float32", help="of products while training; tests are in float32")
+    dtypes = ("auto", "bfloat16", "float32")
+    parser.add_argument("--dtype", default="float32", choices=dtypes, help="while training; tests are in float32")
     return parser.parse_args(argv)
 
 
@@ -312,12 +317,16 @@ def _drawn(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
     return [rows[i] for i in order[:count]]
 
 
+def _learnt(args: argparse.Namespace, student: Student, backs_off: bool) -> list[str]:
+    """The paths of its tenants."""
+    learnt = [path for path, _, _ in _ways(args, student, {})]
+    return learnt + (["backoff"] if backs_off and student.backbone.skip is not None and "backoff" in args.paths else [])
+
+
 def _config(
     args: argparse.Namespace, student: Student, data: str, task: str, seed: int, backs_off: bool
 ) -> TrainConfig:
     backbone, skip, layers = student.backbone, student.backbone.skip, student.backbone.config.num_layers
-    learnt = [path for path, _, _ in _ways(args, student, {})]
-    learnt += ["backoff"] if backs_off and skip is not None and "backoff" in args.paths else []
     top = layers - student.first_layer if skip is not None or student.window is not None else 0
     recipe = read_recipe(ROOT / "training/recipes/lora.toml") | {"epochs": args.epochs, "seed": seed, "task": task}
     return TrainConfig(
@@ -326,7 +335,7 @@ def _config(
             "backbone": str(backbone.folder),
             "train": str(args.data / data / "train.jsonl.gz"),
             "out": str(Path(tempfile.gettempdir()) / "unused.safetensors"),
-            "paths": tuple(learnt),
+            "paths": tuple(_learnt(args, student, backs_off)),
             "top_layers": top or min(layers, args.top_layers),
         }
     )

@@ -108,12 +108,13 @@ def _quality(found: Iterable[Mapping[str, Any]], markdown: Markdown) -> str:
     for result in found:
         config = result["config"]
         for row in result["rows"]:
-            key: tuple[str, ...] = (config["backbone"], row["system"], _budget(config), _steps(config), row["path"])
+            about = (_budget(config), _steps(config), config.get("dtype", "float32"))
+            key: tuple[str, ...] = (config["backbone"], row["system"], *about, row["path"])
             cells.setdefault(key, {}).setdefault(row["set"], {})[row["seed"]] = row["value"]
     sets = sorted({name for of_set in cells.values() for name in of_set})
     body = []
     for key, of_set in cells.items():
-        teacher = cells[key[0], "teacher", "-", "-", "plain"]
+        teacher = cells[key[0], "teacher", "-", "-", key[4], "plain"]
         # A student is compared seed by seed, on the seeds and sets that its teacher was measured with.
         apart = [
             100 * fmean(value - teacher[name][seed] for seed, value in values.items() if seed in teacher[name])
@@ -123,7 +124,9 @@ def _quality(found: Iterable[Mapping[str, Any]], markdown: Markdown) -> str:
         shown = [f"{100 * fmean(of_set[name].values()):.1f}" if name in of_set else "-" for name in sets]
         seeds = max(len(values) for values in of_set.values())
         body.append([*key, seeds, *shown, f"{fmean(apart):+.1f} ({len(apart)})" if apart else "-"])
-    return markdown(["backbone", "system", "tokens", "steps", "path", "seeds", *sets, "to teacher (sets)"], body)
+    return markdown(
+        ["backbone", "system", "tokens", "steps", "trained in", "path", "seeds", *sets, "to teacher (sets)"], body
+    )
 
 
 def _steps(config: Mapping[str, Any]) -> str:

@@ -189,8 +189,10 @@ class Core:
     async def read_tables(self) -> None:
         """Have the n-gram tables in the page cache, the most frequent n-grams first, as far as half of the free memory
         goes: else the first texts after a start read the disk row by row."""
-        ngrams, left = self.parts.stores.ngrams, available_bytes() // 2
-        for table in () if ngrams is None else ngrams.tables:
+        if (ngrams := self.parts.stores.ngrams) is None or not ngrams.tables:
+            return
+        left = available_bytes() // 2
+        for table in ngrams.tables:
             left -= await self._read(table, left)
 
     async def _read(self, table: NgramTable, most: int) -> int:

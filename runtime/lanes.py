@@ -20,7 +20,7 @@ _M_ARENA_MAX = -8  # of malloc.h
 class Lanes:
     """compute: every forward pass, one at a time. rows: packs batches and gathers rows ahead of it. results: waits for
     the answers of a device that runs ahead. loader: module files. tokenizer: long texts. store: the catalogue. imports:
-    checkpoints being read and converted, which may take seconds.
+    checkpoints being read and converted, which may take seconds, and n-gram tables after a start, piece by piece.
 
     Only the compute lane uses more than one core: OpenMP has one pool a launching thread, and a second pool that spins
     beside the first makes both slower than one core would be (DESIGN.md, section 8).

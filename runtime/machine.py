@@ -9,7 +9,8 @@ from pathlib import Path
 
 __all__ = ["available_bytes", "cpu_model", "usable_cores", "wait_policy"]
 
-_CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_CGROUP = Path("/sys/fs/cgroup")
+_LIMITS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
 
 
 def cpu_model() -> str:
@@ -19,11 +20,17 @@ def cpu_model() -> str:
 
 
 def available_bytes() -> int:
-    """Memory that may be had without swapping, as the system estimates it, and no more than a container's limit."""
-    match = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    free = 1024 * int(match[1]) if match else 0
-    limit = _CONTAINER_LIMIT.read_text().strip() if _CONTAINER_LIMIT.exists() else "max"
-    return min(free, int(limit)) if limit.isdigit() else free
+    """Memory that may be had without swapping, as the system estimates it, and no more than a container has left; 0
+    where nothing is known."""
+    try:
+        match = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        free = [1024 * int(match[1]) if match else 0]
+        for limit, used in _LIMITS:
+            if (_CGROUP / limit).exists() and (most := (_CGROUP / limit).read_text().strip()).isdigit():
+                free.append(int(most) - int((_CGROUP / used).read_text()))
+        return max(0, min(free))
+    except (OSError, ValueError):
+        return 0
 
 
 def usable_cores() -> int:

@@ -11,6 +11,7 @@ from benchmarks import report, skip_quality
 from benchmarks.report import results
 from tests.tiny import TEXTS, tiny_backbone
 from training.distill_config import DistillConfig
+from vbert.errors import ConfigError
 
 KINDS = {"3+1": {"lower": 1}, "window": {"lower": 1, "kind": "window"}, "full": {"lower": 1, "kind": "full"}}
 
@@ -46,6 +47,8 @@ def test_every_student_is_measured_by_every_path_and_no_set_twice(data, monkeypa
     for name, wanted in paths.items():
         for each in ("stsb", "long"):
             assert [row["path"] for row in found if (row["system"], row["set"]) == (name, each)] == wanted
+    with pytest.raises(ConfigError, match=r"backoff needs --texts"):
+        skip_quality.main(["--data", str(data), "--teacher", str(teacher), "--paths", "backoff", "--skip", students[0]])
     capsys.readouterr()
     skip_quality.main(argv)
     assert len([row for result in results("skip_quality") for row in result["rows"]]) == len(found)

@@ -106,8 +106,8 @@ class TrainConfig:
     )
     dtype: str = setting(
         "float32",
-        "of products while training; what is measured and written is float32; auto: bfloat16 where the machine"
-        " multiplies it itself",
+        "of products while training and choosing the best epoch; what is reported in the end, and written, is float32;"
+        " auto: bfloat16 where the machine multiplies it itself",
         choices=("auto", "bfloat16", "float32"),
     )
     seed: int = setting(0, "of initial weights, order and dropout", at_least=0)

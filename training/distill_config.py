@@ -84,6 +84,8 @@ class DistillConfig:
         upper = self.upper or tuple(range(self.skipped, num_layers))
         if self.upper and not 0 <= min(upper) <= max(upper) < num_layers:
             raise ConfigError(f"upper is {upper}, the teacher has layers 0 to {num_layers - 1}; give some of these")
+        if self.kind == "window" and self.upper_layers == "trained":
+            raise ConfigError("a student of the kind window keeps the teacher's upper layers; give upper_layers frozen")
         if self.upper_layers == "frozen" and upper != tuple(range(self.skipped, num_layers)) and self.kind != "full":
             raise ConfigError(
                 "upper leaves layers of the teacher out; what remains fits only with upper_layers trained"

@@ -78,7 +78,7 @@ def run(config: DistillConfig, *, progress: Progress = silent) -> DistillReport:
         _extend_positions(student, config.max_length)
     if config.kind == "window":
         fingerprint = ""
-        write_window(folder, student)
+        write_window(folder, student, backbone)
     else:
         fingerprint = write_folder(
             folder,
@@ -103,6 +103,7 @@ def run(config: DistillConfig, *, progress: Progress = silent) -> DistillReport:
         after_backoff=after[1],
     )
     about = {each.name: getattr(config, each.name) for each in fields(config) if each.name not in ("backbone", "out")}
+    about["dtype"] = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
     (folder / "distilled.json").write_text(
         json.dumps({"settings": about, "report": asdict(report) | {"path": None}}, indent=1, default=str)
     )

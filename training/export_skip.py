@@ -14,7 +14,7 @@ from torch import Tensor
 
 from training.skip_student import Embeddings, FullLower, NgramLower, SkipShape, SkipStudent, WindowLower
 from vbert.config import EncoderConfig
-from vbert.errors import ConfigError
+from vbert.errors import ConfigError, WrongBackbone
 from vbert.formats.names import weight_keys
 from vbert.formats.skip_folder import SKIP_MODEL_TYPE, write_skip
 from vbert.formats.tensors import read_json
@@ -24,6 +24,7 @@ from vbert.skip import SLOTS, SkipConfig
 __all__ = ["read_window", "skip_weights", "student_name", "write_folder", "write_window"]
 
 _WINDOW, _WORDS = "window.safetensors", "word"
+_SERVED = ("config.json", "model.safetensors", "skip.json", "skip.safetensors")
 _OTHER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"),
     *("modules.json", "sentence_bert_config.json", "1_Pooling/config.json"),
@@ -42,6 +43,7 @@ def write_folder(
     if kind == "window":
         raise ConfigError("a student of the kind window is for comparison; nothing serves it")
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / _WINDOW).unlink(missing_ok=True)  # of another student that was here
     for file in _OTHER_FILES:
         if (source.folder / file).is_file():
             (folder / file).parent.mkdir(exist_ok=True)
@@ -70,19 +72,29 @@ def write_folder(
     return write_skip(folder, skip, skip_weights(student.lower), own, base)
 
 
-def write_window(folder: Path, student: SkipStudent) -> None:
+def write_window(folder: Path, student: SkipStudent, teacher: Backbone) -> None:
     """The lower end of a student of the kind *window*, for `read_window`. Raises OSError."""
+    for file in _SERVED:
+        (folder / file).unlink(missing_ok=True)  # of another student that was here
     tensors = {n: t.detach().cpu().contiguous() for n, t in student.lower.state_dict().items() if n != _WORDS}
-    save_file(tensors, folder / _WINDOW, metadata={"shape": json.dumps(asdict(student.shape))})
+    save_file(
+        tensors, folder / _WINDOW, metadata={"shape": json.dumps(asdict(student.shape)), "teacher": teacher.fingerprint}
+    )
 
 
 def read_window(folder: Path, backbone: Backbone) -> tuple[WindowLower, int] | None:
     """The lower end of a student of this kind and the first layer above it; None: the folder has another student.
-    backbone: its teacher. Raises OSError."""
+    backbone: its teacher. Raises OSError, WrongBackbone."""
     if not (folder / _WINDOW).is_file():
         return None
     with safe_open(folder / _WINDOW, "pt") as file:
-        shape = SkipShape(**json.loads(file.metadata()["shape"]))
+        about = file.metadata()
+        if about["teacher"] != backbone.fingerprint:
+            raise WrongBackbone(
+                f"{folder / _WINDOW} learnt from backbone {about['teacher'][:23]}, this one is "
+                f"{backbone.fingerprint[:23]}; give its teacher"
+            )
+        shape = SkipShape(**json.loads(about["shape"]))
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
     lower = WindowLower(backbone, shape, torch.zeros(1, shape.sinks, backbone.config.hidden_size))
     lower.load_state_dict(tensors | {_WORDS: lower.word})

@@ -83,6 +83,7 @@ class TenantModel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TenantModel:
         self.weights = {name: fn(weight) for name, weight in self.weights.items()}
+        self._halved = {name: fn(weight) for name, weight in self._halved.items()}
         self._lower = [lower._apply(fn) for lower in self._lower]  # type: ignore[no-untyped-call]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self

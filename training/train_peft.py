@@ -38,7 +38,8 @@ class TrainReport:
     every path, by "dev" and "test". metric: the one that chose it, its mean over the paths. exits: the confidence above
     which answers leave early, and what that gives by path (training/exits.py); empty without exits.
 
-    best_epoch counts from 1. losses, dev_metrics: one number an epoch.
+    best_epoch counts from 1. losses, dev_metrics: one number an epoch, in the dtype of the training; all else is of
+    float32.
     """
 
     path: Path
@@ -77,7 +78,8 @@ def run(config: TrainConfig, *, progress: Progress = silent) -> TrainReport:
     labels, parts = _read(config, backbone)
     targets = [float(e.target) for e in parts["train"].examples] if config.task == "regression" else []
     model = build_model(config, backbone, labels, targets).to(training_device(config.device))
-    model.halve_products(resolve_dtype(config.dtype, model.device) != torch.float32)
+    halves = resolve_dtype(config.dtype, model.device) != torch.float32
+    model.halve_products(halves)
     metric = main_metric(config.task, labels)
     train, dev = (parts[name].frozen(model, config.frozen_cache_bytes, progress) for name in ("train", "dev"))
 
@@ -89,7 +91,7 @@ def run(config: TrainConfig, *, progress: Progress = silent) -> TrainReport:
         teacher = TaskTeacher.load(config, backbone, labels).to(model.device).eval()
         taught = Taught(TaskLoss.of(config, teacher, backbone.config.num_layers), parts["train"])
     fitted = fit(model, train, dev_metric, fit_settings(config), progress, taught)
-    if config.dtype != "float32":  # what is told and written is of float32, below the deltas too
+    if halves:  # what is told and written is of float32, below the deltas too
         model.halve_products(False)
         dev = parts["dev"]
     measured = {"dev": dev} | ({"test": parts["test"]} if "test" in parts else {})

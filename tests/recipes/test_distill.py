@@ -20,7 +20,7 @@ from training.export_skip import read_window
 from training.model import PaddedBatch
 from training.skip_student import SkipStudent, hashed_kept, random_kept, read_lower
 from training.texts import Texts, draw, read_texts
-from vbert.errors import BadRequest, ConfigError
+from vbert.errors import BadRequest, ConfigError, WrongBackbone
 from vbert.formats.transformers_folder import read_backbone
 from vbert.reference import dense_forward, dense_hidden
 from vbert.tokenizer import Tokenizer
@@ -100,6 +100,14 @@ def test_a_window_student_is_read_as_it_was_written(config, plain, monkeypatch):
     model.skip_with(lower, first_layer)
     assert torch.equal(model.frozen_rows(batch).rows, want)
     assert read_window(plain, backbone) is None
+    with pytest.raises(WrongBackbone, match="learnt from backbone"):
+        read_window(report.path, replace(backbone, fingerprint="sha256:other"))
+    distill.run(replace(config, tokens=500))
+    assert read_window(report.path, backbone) is None
+    distill.run(replace(config, kind="window", tokens=500))
+    assert not (report.path / "skip.json").exists()
+    with pytest.raises(ConfigError, match="keeps the teacher's upper layers"):
+        distill.run(replace(config, kind="window", upper_layers="trained"))
 
 
 def test_more_local_layers_than_upper_ones_are_adapted_too(config, tmp_path):
