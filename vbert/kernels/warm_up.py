@@ -23,6 +23,7 @@ def warm_up(dtype: torch.dtype, device: torch.device | None = None) -> None:
     """Run each operator once: seconds where the cache of numba or cupy is empty, in a new checkout, else a fraction."""
     device = torch.device("cpu") if device is None else device
     one = Segments(np.array([0]), np.array([0]), np.array([2]))
+    two = Segments(np.array([0, 0]), np.array([0, 1]), np.array([1, 2]))  # one alone takes no kernel of ours on a CPU
 
     def zeros(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -31,9 +32,9 @@ def warm_up(dtype: torch.dtype, device: torch.device | None = None) -> None:
         few_rows_linear(*(torch.zeros(shape) for shape in ((1, 8), (4, 8), (4,))), out=torch.zeros(1, 4))
     x, wide, narrow, down, up = zeros(2, 8), zeros(1, 8), zeros(1, 4), zeros(1, 8, 4), zeros(1, 4, 8)
     starts, columns = zeros(1, 9, dtype=torch.int32), zeros(1, 4, dtype=torch.int32)
-    segmented_low_rank(x, [(down, up, zeros(2, 8))], one)
-    segmented_low_rank(x, [(zeros(1, 8, 17), zeros(1, 17, 8), zeros(2, 8))], one)  # on a GPU another kernel
-    segmented_bottleneck(x, down, narrow, up, wide, one, activation="relu", out=zeros(2, 8))
+    segmented_low_rank(x, [(down, up, zeros(2, 8))], two)
+    segmented_low_rank(x, [(zeros(1, 8, 17), zeros(1, 17, 8), zeros(2, 8))], two)  # on a GPU another kernel
+    segmented_bottleneck(x, down, narrow, up, wide, two, activation="relu", out=zeros(2, 8))
     segmented_affine(x, wide, wide, one, out=zeros(2, 8))
     segmented_layer_norm(x, wide, wide, one, eps=1e-5, out=zeros(2, 8))
     segmented_sparse(x, starts, columns, narrow, one, out=zeros(2, 8))
