@@ -219,8 +219,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-train-rows", type=int, default=3000)
     parser.add_argument("--max-test-rows", type=int, default=0, help="drawn at random, the same for all; 0: all")
     parser.add_argument("--epochs", type=int, default=3)
-    paths = {"nargs": "+", "choices": PATHS, "default": list(PATHS)}
-    parser.add_argument("--paths", **paths, help="of tenants of skip backbones")  # type: ignore[arg-type]
+    parser.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS), help="of skip backbones' tenants")
     dtypes = ("auto", "bfloat16", "float32")
     parser.add_argument("--dtype", default="float32", choices=dtypes, help="while training; tests are in float32")
     return parser.parse_args(argv)
