@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vbert.activations import activate
 from vbert.batch import copy_integers
+from vbert.kernels.mean_rows import mean_rows, unit_rows
 from vbert.tenant import Dense, Head
 
 __all__ = ["run_heads"]
@@ -53,7 +54,11 @@ class _Pooled:
 
     def __init__(self, hidden: Tensor, cu_seqlens: NDArray[np.int64]) -> None:
         self._hidden, self.bounds = hidden, cu_seqlens
-        (self._starts,) = copy_integers([cu_seqlens[:-1]], hidden.device)
+
+    @cached_property
+    def _starts(self) -> Tensor:
+        (starts,) = copy_integers([self.bounds[:-1]], self._hidden.device)
+        return starts
 
     @cached_property
     def tokens(self) -> Tensor:
@@ -68,6 +73,9 @@ class _Pooled:
     @cached_property
     def mean(self) -> Tensor:
         """[B, H]: over all tokens of each sequence, special ones included."""
+        if self._hidden.is_cpu:
+            out = torch.empty(len(self.bounds) - 1, self._hidden.shape[1])
+            return mean_rows(self._hidden, self.bounds, out=out)
         rows = torch.arange(self._hidden.shape[0], dtype=self._starts.dtype, device=self._hidden.device)
         return F.embedding_bag(rows, self.tokens, self._starts, mode="mean")
 
@@ -97,7 +105,7 @@ def _run(pooled: _Pooled, first: int, last: int, heads: Sequence[Head], pooler: 
     else:
         x = _each_with_its_own(x, heads, np.diff(bounds) if head.pooling == "none" else np.ones(len(heads), np.int64))
     if head.kind == "embed" and head.normalise:
-        x = F.normalize(x, dim=1)
+        x = unit_rows(x, out=torch.empty_like(x)) if x.is_cpu else F.normalize(x, dim=1)
     return list(torch.split(x, np.diff(bounds).tolist())) if head.pooling == "none" else list(x.unbind())
 
 

@@ -20,6 +20,7 @@ from vbert.errors import KernelUnavailable, ShapeError
 from vbert.kernels.backend import Backend
 from vbert.kernels.few_rows import few_rows_linear, is_worth_it
 from vbert.kernels.gather_rows import gather_rows
+from vbert.kernels.mean_rows import mean_rows, unit_rows
 from vbert.kernels.merge_rows import merge_rows
 from vbert.kernels.segmented_affine import segmented_affine
 from vbert.kernels.segmented_bottleneck import segmented_bottleneck
@@ -68,6 +69,35 @@ def test_rows_of_any_dtype_are_gathered(dtype, width):
 @pytest.mark.parametrize("rows_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_of_any_dtype_are_merged(rows_dtype):
     check_merge(Case(segments_of("zipf"), torch.float32, backend=Backend.CPU), rows_dtype=rows_dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 7, 384])
+def test_means_of_sequences(width, dtype):
+    x = torch.randn(40, width + 3, generator=torch.Generator().manual_seed(0)).to(dtype)[:, 3:]  # strided
+    cu_seqlens = np.array([0, 1, 18, 40])
+    want = mean_rows(x, cu_seqlens, out=torch.empty(3, width), backend=Backend.REFERENCE)
+    got = mean_rows(x, cu_seqlens, out=torch.full((3, width), torch.nan))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    alone = mean_rows(x[1:18], np.array([0, 17]), out=torch.empty(1, width))
+    assert torch.equal(alone[0], got[1])
+
+
+def test_rows_of_length_one():
+    x = torch.randn(5, 39, generator=torch.Generator().manual_seed(0))
+    x[2] = 0
+    want = unit_rows(x, out=torch.empty(5, 39), backend=Backend.REFERENCE)
+    torch.testing.assert_close(unit_rows(x, out=torch.full((5, 39), torch.nan)), want)
+    torch.testing.assert_close(want, torch.nn.functional.normalize(x, dim=1))
+    torch.testing.assert_close(unit_rows(x, out=x), want)
+
+
+def test_means_that_do_not_fit():
+    x = torch.zeros(4, 8)
+    with pytest.raises(ShapeError, match="means of 2 sequences"):
+        mean_rows(x, np.array([0, 1, 4]), out=torch.zeros(1, 8))
+    with pytest.raises(ShapeError, match="unit rows"):
+        unit_rows(x.bfloat16(), out=x)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 6, 24])

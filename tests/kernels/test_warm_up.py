@@ -16,7 +16,7 @@ from tests.encoder.test_laws import Bench, all_kinds
 from tests.random_tenants import Factory
 from tests.tiny import tiny_backbone
 from vbert.formats.transformers_folder import read_backbone
-from vbert.kernels import few_rows, segmented_affine, segmented_layer_norm, segmented_sparse, two_products
+from vbert.kernels import few_rows, mean_rows, segmented_affine, segmented_layer_norm, segmented_sparse, two_products
 from vbert.kernels.warm_up import warm_up
 
 folder, dtype, warm = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "warm"
@@ -24,11 +24,12 @@ backbone = read_backbone(tiny_backbone("bert", folder / "backbone"))
 bench = Bench(backbone, dtype, folder)
 if warm:
     warm_up(bench.model.dtype)
-modules = few_rows, segmented_affine, segmented_layer_norm, segmented_sparse, two_products
-before = [len(module._cpu.signatures) for module in modules]
+kernels = [module._cpu for module in (few_rows, segmented_affine, segmented_layer_norm, segmented_sparse, two_products)]
+kernels += [mean_rows._mean, mean_rows._unit]
+before = sum(len(kernel.signatures) for kernel in kernels)
 tenants = [bench.load(module) for module in all_kinds(Factory(backbone, seed=3))]
 bench.forward([sequence for tenant in tenants for sequence in bench.sequences(tenant)])
-print(sum(len(module._cpu.signatures) for module in modules) - sum(before))
+print(sum(len(kernel.signatures) for kernel in kernels) - before)
 """
 
 

@@ -8,6 +8,7 @@ import torch
 from vbert.batch import Segments
 from vbert.kernels.few_rows import few_rows_linear
 from vbert.kernels.gather_rows import gather_rows
+from vbert.kernels.mean_rows import mean_rows, unit_rows
 from vbert.kernels.merge_rows import merge_rows
 from vbert.kernels.segmented_affine import segmented_affine
 from vbert.kernels.segmented_bottleneck import segmented_bottleneck
@@ -29,6 +30,8 @@ def warm_up(dtype: torch.dtype, device: torch.device | None = None) -> None:
         return torch.zeros(shape, dtype=dtype, device=device)
 
     if device.type == "cpu":
+        mean_rows(zeros(1, 8), np.array([0, 1]), out=torch.zeros(1, 8))
+        unit_rows(torch.zeros(1, 8), out=torch.zeros(1, 8))
         few_rows_linear(*(torch.zeros(shape) for shape in ((1, 8), (4, 8), (4,))), out=torch.zeros(1, 4))
     x, wide, narrow, down, up = zeros(2, 8), zeros(1, 8), zeros(1, 4), zeros(1, 8, 4), zeros(1, 4, 8)
     starts, columns = zeros(1, 9, dtype=torch.int32), zeros(1, 4, dtype=torch.int32)
