@@ -10,6 +10,7 @@ from torch import Tensor
 
 from runtime.ngram_store import NgramStore, Skipped
 from runtime.sequence_store import Found, SequenceStore
+from vbert.ngram.index import Keys
 from vbert.packing import SequenceInput, Ways
 
 __all__ = ["LowerStores", "Routes", "without_stores"]
@@ -18,11 +19,12 @@ __all__ = ["LowerStores", "Routes", "without_stores"]
 @dataclass(frozen=True, slots=True)
 class Routes:
     """What the stores said of a batch; nothing, where none was asked. paths: [B], what each sequence takes, `stored` or
-    one of its own; None: all plain."""
+    one of its own; None: all plain. missed: n-grams that would have been of use."""
 
     found: Found | None = None
     skipped: Skipped | None = None
     paths: Sequence[str] | None = None
+    missed: Sequence[Keys] = ()
 
     def path(self, i: int) -> str:
         return "plain" if self.paths is None else self.paths[i]
@@ -57,7 +59,7 @@ class LowerStores:
             skipped = None if routed is None or ngrams is None else ngrams.skip(routed, given, pin=pin)
         for i in given:
             paths[i] = "stored"
-        return Routes(found, skipped, paths)
+        return Routes(found, skipped, paths, () if routed is None else routed.missed)
 
     def ways(self, routes: Routes, count: int) -> Ways:
         """For a batch of `count` sequences, of whose routes something is changed."""
@@ -84,6 +86,8 @@ class LowerStores:
             self.sequences.insert(routes.found, sequences, states)
         if self.ngrams is not None and routes.skipped is not None and ngrams is not None:
             self.ngrams.insert(routes.skipped, ngrams)
+        if self.ngrams is not None and routes.missed:
+            self.ngrams.want(routes.missed)
 
     def forget(self, routes: Routes) -> None:
         """Drop what was given to a batch that failed: it may be why."""

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from vbert.entry import Entry, Tokens, ngrams_of
 from vbert.ngram.cache import NgramCache
-from vbert.ngram.index import Keys, Rows, shortened
+from vbert.ngram.index import Keys, Places, Rows, shortened
 from vbert.ngram.table import NgramTable
 from vbert.packing import SequenceInput
 from vbert.skip import SLOTS, SkipConfig
@@ -43,7 +43,7 @@ _TOKENS_PER_WANTED = 64  # of a batch beside which one is computed: 3 rows of lo
 class _Source(Protocol):
     """A table or the cache."""
 
-    def find(self, keys: Keys) -> Rows: ...
+    def fill(self, places: Places, asking: NDArray[np.bool_], length: int, source: int) -> None: ...
     def add_views(self, rows: Rows, cu_seqlens: NDArray[np.int64], out: Tensor) -> None: ...
 
 
@@ -91,19 +91,16 @@ class Skipped:
 @dataclass(frozen=True, slots=True)
 class Routed:
     """paths: [B], what each sequence takes: one of its own. The rest is about candidates, those that may skip: which
-    they are, whether each shares the cache, their types, the n-grams around their tokens [T] and where each begins; and
-    for each token which source has its n-gram, in which row, of how many tokens."""
+    they are, whether each shares the cache, their types, and where the n-grams around their tokens are. missed:
+    n-grams that would have been of use, and may go to the cache."""
 
     paths: list[str]
     candidates: list[int]
     shares: list[bool]
     type_ids: list[Sequence[int]]
-    keys: Keys
-    cu_seqlens: NDArray[np.int64]
     sources: Sequence[_Source]
-    source: NDArray[np.int8]
-    row: Rows
-    kept: NDArray[np.int64]
+    places: Places
+    missed: list[Keys]
 
 
 class NgramStore:
@@ -141,93 +138,83 @@ class NgramStore:
         candidates = [i for i, s in enumerate(sequences) if s.paths != ("plain",)]
         if not candidates:
             return None
-        sources = self._all_sources(sequences, candidates)
-        keys, cu_seqlens = ngrams_of([sequences[i].token_ids for i in candidates], self.config)
-        total = len(keys)
+        places = Places.unknown(*ngrams_of([sequences[i].token_ids for i in candidates], self.config))
         routed = Routed(
             paths=["plain"] * len(sequences),
             candidates=candidates,
             shares=[sequences[i].scope == b"" for i in candidates],
             type_ids=[sequences[i].type_ids for i in candidates],
-            keys=keys,
-            cu_seqlens=cu_seqlens,
-            sources=sources,
-            source=np.full(total, -1, np.int8),
-            row=np.full(total, -1, np.int64),
-            kept=np.zeros(total, np.int64),
+            sources=self._all_sources(sequences, candidates),
+            places=places,
+            missed=[],
         )
         paths = [sequences[i].paths for i in candidates]
         self._look_up(routed, sequences, [("exact" in each) | ("backoff" in each) for each in paths], SLOTS)
         shortens = any("backoff" in each for each in paths)
         if shortens:
-            absent = np.add.reduceat(routed.kept < SLOTS, cu_seqlens[:-1]) / np.diff(cu_seqlens)
+            absent = np.add.reduceat(places.kept < SLOTS, places.cu_seqlens[:-1]) / np.diff(places.cu_seqlens)
             may = (absent <= self._most_shortened).tolist()
             # Shorter n-grams are of use where not too much is absent, or where a tenant has nothing else.
             backs_off = ["backoff" in each and (few or len(each) == 1) for each, few in zip(paths, may, strict=True)]
             for length in (2, 1) if any(backs_off) else ():
                 self._look_up(routed, sequences, backs_off, length)
         for n, i in enumerate(candidates):
-            here = slice(cu_seqlens[n], cu_seqlens[n + 1])
-            routed.paths[i] = self._path(sequences[i].paths, keys[here], routed.kept[here])
-            if shortens and routed.paths[i] != "backoff":  # shorter n-grams are of no use to it
-                whole = routed.kept[here] == SLOTS
-                routed.kept[here] *= whole
-                routed.source[here] = np.where(whole, routed.source[here], -1)
-        if self._cache is not None:
-            plain = [
-                shares and routed.paths[i] == "plain" and "exact" in sequences[i].paths
-                for i, shares in zip(candidates, routed.shares, strict=True)
-            ]
-            if any(plain):  # exact would have been possible, and is cheaper once its n-grams are there
-                self._want(keys[np.repeat(plain, np.diff(cu_seqlens)) & (routed.kept < SLOTS)])
+            here = slice(places.cu_seqlens[n], places.cu_seqlens[n + 1])
+            routed.paths[i] = path = self._path(paths[n], places.keys[here], places.kept[here])
+            if shortens and path != "backoff":  # shorter n-grams are of no use to it
+                short = places.kept[here] < SLOTS
+                places.kept[here][short], places.source[here][short] = 0, -1
+            if path == "plain" and self._cache is not None and routed.shares[n] and "exact" in paths[n]:
+                # exact would have been possible, and is cheaper once its n-grams are there
+                routed.missed.append(places.keys[here][places.kept[here] < SLOTS])
         return routed
 
     def skip(self, routed: Routed, leave_out: Sequence[int] = (), *, pin: bool = False) -> Skipped | None:
         """What enters for the candidates that do not go the plain way, but for those left out; None: there are none.
         pin: rows for a copy to a GPU."""
-        out = set(leave_out)
-        chosen = np.array([routed.paths[i] != "plain" and i not in out for i in routed.candidates])
-        if not chosen.any():
+        out, places = set(leave_out), routed.places
+        chosen = [n for n, i in enumerate(routed.candidates) if routed.paths[i] != "plain" and i not in out]
+        if not chosen:
             return None
-        lengths = np.diff(routed.cu_seqlens)
-        mine = np.repeat(chosen, lengths)
+        lengths = np.diff(places.cu_seqlens)
+        mine: slice | NDArray[np.bool_] = slice(None)
+        if len(chosen) < len(lengths):
+            mine = np.repeat(np.isin(np.arange(len(lengths)), chosen), lengths)
+            lengths = lengths[chosen]
         tokens = Tokens.at(
-            routed.keys[mine],
-            np.concatenate([[0], np.cumsum(lengths[chosen])]),
-            [types for types, taken in zip(routed.type_ids, chosen, strict=True) if taken],
+            places.keys[mine],
+            np.concatenate([[0], np.cumsum(lengths)]),
+            [routed.type_ids[n] for n in chosen],
             self.config,
         )
-        source, row, kept = routed.source[mine], routed.row[mine], routed.kept[mine]
-        paths = [routed.paths[i] for i, taken in zip(routed.candidates, chosen, strict=True) if taken]
-        computes = np.repeat([path != "backoff" for path in paths], lengths[chosen])
-        shares = np.repeat([routed.shares[n] for n in np.flatnonzero(chosen)], lengths[chosen])
-        stores = shares & np.repeat([path == "exact" for path in paths], lengths[chosen])
-        short = np.repeat([path == "shortened" for path in paths], lengths[chosen])
-        keys = (
-            shortened(tokens.keys, np.where(short, SLOTS - tokens.positions % SLOTS, SLOTS))
-            if short.any()
-            else tokens.keys
-        )
+        source, row, kept = places.source[mine], places.row[mine], places.kept[mine]
+        paths, shared = [routed.paths[routed.candidates[n]] for n in chosen], [routed.shares[n] for n in chosen]
+        flags = [(path != "backoff", share, path == "shortened") for path, share in zip(paths, shared, strict=True)]
+        computes, shares, short = np.repeat(np.array(flags), lengths, axis=0).T
+        keys = tokens.keys
+        if "shortened" in paths:
+            keys = shortened(keys, np.where(short, SLOTS - tokens.positions % SLOTS, SLOTS))
         rows = torch.zeros(len(tokens), self._width, pin_memory=pin) if (source >= 0).any() else None
         for number, each in enumerate(routed.sources):
             if (here := source == number).any() and rows is not None:
                 each.add_views(np.where(here, row, -1), tokens.cu_seqlens, rows)
         to_compute = computes & (source < 0)
-        missing, may_keep, which = keys[:0], np.zeros(0, np.bool_), np.full(len(tokens), -1, np.int64)
+        missing, may_keep, which = keys[:0], np.zeros(0, np.bool_), np.full(len(tokens), -1)
         if to_compute.any():
             missing, which[to_compute] = np.unique(keys[to_compute], return_inverse=True)
             may_keep = np.zeros(len(missing), np.bool_)
         if self._cache is not None:
+            stores = shares & np.repeat([path == "exact" for path in paths], lengths)
             may_keep[which[stores & to_compute]] = True
-            if not computes.all():
-                self._want(keys[shares & ~computes & (kept < SLOTS)])
+            if "backoff" in paths:
+                routed.missed.append(keys[shares & ~computes & (kept < SLOTS)])
             if len(beside := self.wanted(len(tokens) // _TOKENS_PER_WANTED)):
                 beside = np.setdiff1d(beside, missing)
                 missing = np.concatenate([missing, beside])
                 may_keep = np.concatenate([may_keep, np.ones(len(beside), np.bool_)])
         self._count(kept, computes, len(missing))
         return Skipped(
-            [i for i, taken in zip(routed.candidates, chosen, strict=True) if taken],
+            [routed.candidates[n] for n in chosen],
             Entry(replace(tokens, keys=keys), rows, missing, which),
             may_keep,
         )
@@ -242,6 +229,17 @@ class NgramStore:
             inserted, evicted = self._cache.insert(keys[again], rows[torch.from_numpy(np.flatnonzero(again))])
             self.counters.inserted += inserted
             self.counters.evicted += evicted
+
+    def want(self, missed: Sequence[Keys]) -> None:
+        """Of n-grams that texts did without, those that were missing before. More than a few thousand are not waited
+        for."""
+        if self._cache is None:
+            return
+        with self.lock:
+            keys = np.unique(np.concatenate(missed))
+            self._wanted |= dict.fromkeys(keys[self._cache.worth_keeping(keys)].tolist())
+            while len(self._wanted) > _MOST_WANTED:
+                del self._wanted[next(iter(self._wanted))]
 
     def wanted(self, count: int) -> Keys:
         """At most so many n-grams that it would be good to have, each given out once."""
@@ -283,47 +281,27 @@ class NgramStore:
         """n-grams of so many tokens, for those of the candidates that ask, where nothing was found yet."""
         asking = [_asking(sequences[i]) if asks[n] else None for n, i in enumerate(routed.candidates)]
         for ask in dict.fromkeys(asking):
-            if ask is None:
-                continue
-            left = np.flatnonzero(routed.kept == 0)
-            if any(each != ask for each in asking):
-                mine = np.repeat([each == ask for each in asking], np.diff(routed.cu_seqlens))
-                left = left[mine[left]]
-            for source in self._sources_of(*ask):
-                if not len(left):
-                    break
-                keys = routed.keys[left]
-                rows = source.find(keys if length == SLOTS else shortened(keys, length))
-                there = rows >= 0
-                hit = left[there]
-                routed.row[hit], routed.kept[hit] = rows[there], length
-                routed.source[hit] = next(n for n, each in enumerate(routed.sources) if each is source)
-                left = left[~there]
+            if ask is not None:
+                mine = np.array([each == ask for each in asking])
+                for source in self._sources_of(*ask):
+                    number = next(n for n, each in enumerate(routed.sources) if each is source)
+                    source.fill(routed.places, mine, length, number)
 
-    def _want(self, keys: Keys) -> None:
-        """Of n-grams that texts did without, those that were missing before. More than a few thousand are not waited
-        for."""
-        assert self._cache is not None
-        keys = np.unique(keys)
-        self._wanted |= dict.fromkeys(keys[self._cache.worth_keeping(keys)].tolist())
-        while len(self._wanted) > _MOST_WANTED:
-            del self._wanted[next(iter(self._wanted))]
-
-    def _path(self, allowed: tuple[str, ...], keys: Keys, kept: NDArray[np.int64]) -> str:
+    def _path(self, allowed: tuple[str, ...], keys: Keys, kept: NDArray[np.int8]) -> str:
         """The cheapest of the paths allowed. keys, kept: of one sequence."""
         if len(allowed) == 1:
             return allowed[0]
-        absent = kept < SLOTS
-        if "exact" in allowed and not absent.any():
+        absent = np.flatnonzero(kept < SLOTS)
+        if "exact" in allowed and not len(absent):
             return "exact"
-        if "backoff" in allowed and kept.all() and absent.mean() <= self._most_shortened:
+        if "backoff" in allowed and len(absent) <= self._most_shortened * len(kept) and kept.all():
             return "backoff"
-        missing = len(np.unique(keys[absent]))
+        missing = len(set(keys[absent].tolist()))
         if "exact" in allowed and ("plain" not in allowed or self._costs.exact_pays(len(keys), missing)):
             return "exact"
         return "plain" if "plain" in allowed else "backoff"
 
-    def _count(self, kept: NDArray[np.int64], computes: NDArray[np.bool_], computed: int) -> None:
+    def _count(self, kept: NDArray[np.int8], computes: NDArray[np.bool_], computed: int) -> None:
         found = np.bincount(kept, minlength=SLOTS + 1)
         self.counters.trigrams += int(found[3])
         self.counters.bigrams += int(found[2])

@@ -219,7 +219,9 @@ async def test_large_batches_learn_beside_their_own_work(world, on_skip, monkeyp
         answer = await engine.classify("t", list(TEXTS) * 4)
         assert {*answer.paths} == {"backoff"}
         np.testing.assert_allclose(answer.probabilities, np.tile(want, (4, 1)), **CLOSE)
-        await until(lambda: engine.snapshot().ngrams["inserted"] > 0)
+        async with asyncio.timeout(10):
+            while not engine.snapshot().ngrams["inserted"]:  # what was missing twice is computed beside a later batch
+                await engine.classify("t", list(TEXTS) * 4)
 
 
 async def test_who_does_not_share_teaches_nobody(world, on_skip):
@@ -254,7 +256,7 @@ def test_only_so_many_are_wanted(world, monkeypatch):
     )
     keys = np.unique(world.keys(TEXTS))
     for _ in range(2):
-        store._want(keys)
+        store.want([keys])
     assert len(keys) > 5
     assert store.wanted(3).tolist() == keys[-5:-2].tolist()
     assert len(store.wanted(9)) == 2

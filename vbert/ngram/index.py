@@ -10,6 +10,8 @@ the first free place from its hash on. Kernels release the GIL, and take one cor
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numba
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,7 @@ from vbert.ngram.prefetch import prefetch
 __all__ = [
     "CODE_BITS",
     "MAX_TOKEN_ID",
+    "Places",
     "build_index",
     "find_rows",
     "insert_key",
@@ -36,6 +39,11 @@ CODE_BITS = 21
 MAX_TOKEN_ID = (1 << CODE_BITS) - 2
 _MOST_FULL = 0.5  # of the places: then a key is found in the first cache line nearly always
 _BLOCK = 256  # keys whose first places are asked for before any is read, so that the memory answers them side by side
+
+_RIGHT = np.uint64((1 << 2 * CODE_BITS) - 1)  # centre and right
+_CENTRE = np.uint64(((1 << CODE_BITS) - 1) << CODE_BITS)
+_KEPT = (np.uint64(0), _CENTRE, _RIGHT, ~np.uint64(0))  # of a key, by tokens
+_NO_SALT, _NOT_TOLD = np.uint64(0), np.empty(0, np.uint8)
 
 Keys = NDArray[np.uint64]
 Rows = NDArray[np.int64]
@@ -60,8 +68,7 @@ def parts_of(keys: Keys) -> NDArray[np.int64]:
 
 def shortened(keys: Keys, tokens: int | NDArray[np.int64]) -> Keys:
     """[n] the keys of what stands in for n-grams: of 2 tokens, without the left one, or of 1, the centre. 3: itself."""
-    masks = np.array([0, _CENTRE, _RIGHT, ~np.uint64(0)], np.uint64)
-    out: Keys = keys & masks[tokens]
+    out: Keys = keys & np.array(_KEPT)[tokens]
     return out
 
 
@@ -106,10 +113,45 @@ def look_up(keys: Keys, index: Keys, depth: int = 3) -> tuple[Rows, NDArray[np.u
     return rows, kept
 
 
+@dataclass(frozen=True, slots=True)
+class Places:
+    """The n-gram around each token of sequences one after the other, and where it was found, [T]: in which of several
+    sources, in which row (-1: none), and how many of its tokens that row is of (0: none). cu_seqlens: [B + 1]."""
+
+    keys: Keys
+    cu_seqlens: NDArray[np.int64]
+    source: NDArray[np.int8]
+    row: Rows
+    kept: NDArray[np.int8]
+
+    @classmethod
+    def unknown(cls, keys: Keys, cu_seqlens: NDArray[np.int64]) -> Places:
+        """Nothing was looked for yet."""
+        nowhere = np.full(len(keys), -1)
+        return cls(keys, cu_seqlens, nowhere.astype(np.int8), nowhere, np.zeros(len(keys), np.int8))
+
+    def fill(
+        self,
+        asking: NDArray[np.bool_],
+        length: int,
+        source: int,
+        index: Keys,
+        *,
+        salt: np.uint64 = _NO_SALT,
+        used: NDArray[np.uint8] = _NOT_TOLD,
+    ) -> int:
+        """Look for n-grams of so many tokens, for the sequences that are asking, where nothing was found yet.
+
+        asking: [B]. source: a number for this index. salt: its keys are XORed with it. used: [rows], set to 1 for those
+        that are found; nothing where it is empty. Returns the highest row found, -1: none.
+        """
+        keep = _KEPT[length]
+        found = self.source, self.row, self.kept
+        return int(_fill(self.keys, self.cu_seqlens, asking, length, keep, salt, source, index, used, *found))
+
+
 # ---- kernels -------------------------------------------------------------------------------------------------------
 
-_RIGHT = np.uint64((1 << 2 * CODE_BITS) - 1)  # centre and right
-_CENTRE = np.uint64(((1 << CODE_BITS) - 1) << CODE_BITS)
 _SHIFT = np.uint64(CODE_BITS)
 _ONE = np.uint64(1)
 _FIRST_MIX, _SECOND_MIX = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
@@ -216,6 +258,36 @@ def _find(keys, index, rows):  # type: ignore[no-untyped-def]
         for j in range(count):
             key = keys[begin + j]
             rows[begin + j] = _walk(key, places[j], index, mask) if key != 0 else np.int64(-1)
+
+
+@numba.njit(nogil=True, cache=True)
+def _fill(keys, cu_seqlens, asking, length, keep, salt, number, index, used, source, row, kept):  # type: ignore[no-untyped-def]
+    mask, highest, count = np.uint64(len(index) - 1), np.int64(-1), 0
+    left, wanted, places = np.empty(_BLOCK, np.int64), np.empty(_BLOCK, np.uint64), np.empty(_BLOCK, np.uint64)
+    for b in range(len(asking)):
+        for i in range(cu_seqlens[b], cu_seqlens[b + 1]):
+            if asking[b] and kept[i] == 0:
+                left[count], wanted[count] = i, (keys[i] & keep) ^ salt
+                places[count] = _place(wanted[count], mask)
+                prefetch(index, places[count])  # type: ignore[call-arg]
+                count += 1
+            if count == _BLOCK:
+                last = _settle(left, wanted, places, count, length, number, index, used, source, row, kept)
+                highest, count = max(highest, last), 0
+    return max(highest, _settle(left, wanted, places, count, length, number, index, used, source, row, kept))
+
+
+@numba.njit(nogil=True, cache=True, inline="always")
+def _settle(left, wanted, places, count, length, number, index, used, source, row, kept):  # type: ignore[no-untyped-def]
+    mask, highest = np.uint64(len(index) - 1), np.int64(-1)
+    for j in range(count):
+        found = _walk(wanted[j], places[j], index, mask)
+        if found >= 0:
+            source[left[j]], row[left[j]], kept[left[j]] = number, found, length
+            highest = max(highest, found)
+            if len(used):
+                used[found] = 1
+    return highest
 
 
 @numba.njit(nogil=True, cache=True)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from vbert.errors import ConfigError, CorruptFile, ShapeError, WrongBackbone
 from vbert.kernels.rows import as_rows, load, store
-from vbert.ngram.index import Keys, Rows, build_index, find_rows, look_up
+from vbert.ngram.index import Keys, Places, Rows, build_index, find_rows, look_up
 from vbert.ngram.views import add_views
 
 __all__ = ["NgramTable", "TableWriter"]
@@ -111,6 +111,11 @@ class NgramTable:
         if len(rows) and int(rows.max()) >= len(self):
             raise CorruptFile(f"the index of {self.path} names a row beyond its {len(self)}; {_AGAIN}")
         return rows
+
+    def fill(self, places: Places, asking: NDArray[np.bool_], length: int, source: int) -> None:
+        """As vbert.ngram.index.Places.fill. Raises CorruptFile as `look_up` does."""
+        if places.fill(asking, length, source, self._index) >= len(self):
+            raise CorruptFile(f"the index of {self.path} names a row beyond its {len(self)}; {_AGAIN}")
 
     def add_views(self, rows: Rows, cu_seqlens: NDArray[np.int64], out: Tensor) -> None:
         """As vbert.ngram.views.add_views."""
