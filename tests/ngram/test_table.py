@@ -61,10 +61,26 @@ def test_an_index_without_a_free_place_ends_the_search(tmp_path, keys):
     assert (table.look_up(keys)[0] == -1).all()
 
 
-def test_a_file_is_read_ahead_to_its_end(tmp_path, keys):
-    write(tmp_path / "t.ngrams", keys)
-    table = NgramTable(tmp_path / "t.ngrams", None)
-    assert [table.read_ahead(begin, 100) for begin in (0, table.num_bytes - 30, table.num_bytes)] == [100, 30, 0]
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8], ids=str)
+def test_a_file_is_read_ahead_to_its_end_and_scales_before_rows(tmp_path, keys, dtype, monkeypatch):
+    write(tmp_path / "t.ngrams", keys, dtype=dtype)
+    table, pieces, done = NgramTable(tmp_path / "t.ngrams", None), [], 0
+
+    def pread(descriptor, count, begin, pread=os.pread):
+        pieces.append((begin, count))
+        return pread(descriptor, count, begin)
+
+    monkeypatch.setattr(os, "pread", pread)
+    while count := table.read_ahead(done, 100):
+        done += count
+    assert done == table.num_bytes
+    assert sorted(at for begin, count in pieces for at in range(begin, begin + count)) == list(range(done))
+    scales = 0 if dtype == torch.float16 else 12 * len(keys)
+    behind = [begin >= done - scales for begin, _ in pieces]
+    if scales:
+        first_row = done - scales - table.rows.nbytes
+        assert all(begin < first_row for begin, _ in pieces[: behind.index(True)])
+        assert behind.index(True) < [begin for begin, _ in pieces].index(first_row)
 
 
 def test_rows_that_are_no_numbers_are_refused(tmp_path, keys):

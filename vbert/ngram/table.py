@@ -65,6 +65,9 @@ class NgramTable:
             )
         self._index: Keys = tensors["index"].numpy()
         self.counts, self.rows, self._scales = tensors["counts"], tensors["rows"], tensors.get("scales")
+        scales = 0 if self._scales is None else self._scales.nbytes
+        rows = size - scales - self.rows.nbytes
+        self._in_order = (0, rows), (size - scales, scales), (rows, self.rows.nbytes)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -83,10 +86,15 @@ class NgramTable:
         return self.path.stat().st_size
 
     def read_ahead(self, begin: int, count: int) -> int:
-        """Have the system read a part of the file into its page cache; returns how many bytes, 0 at the end. A row that
-        is not there costs whoever asks for it a read of the disk, some 100 us. Raises OSError."""
+        """Have the system read a part of the file into its page cache; returns how many bytes, at most `count`, and 0
+        at the end. A row that is not there costs whoever asks for it a read of the disk, some 100 us. `begin` counts
+        what every look-up needs first: index, counts, scales; then the rows. Raises OSError."""
         with self.path.open("rb", buffering=0) as file:
-            return len(os.pread(file.fileno(), count, begin))
+            for at, size in self._in_order:
+                if begin < size:
+                    return len(os.pread(file.fileno(), min(count, size - begin), at + begin))
+                begin -= size
+        return 0
 
     @property
     def keys(self) -> Keys:
