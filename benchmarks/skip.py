@@ -67,13 +67,15 @@ _ONE_CLIENT = 16  # requests of a turn of one client: the first of them finds it
 @dataclass(frozen=True, slots=True, kw_only=True)
 class System:
     """One way through the layers. path: what requests ask for. paths: what its tenant was trained for. skip: the skip
-    backbone, "" for the first. same_as: the system that gives the same answers. base: the one it is compared with.
-    classifies: its tenant is the classifier of the set; exits: which may leave early."""
+    backbone, "" for the first. on_disk: an eighth of the sequence store lies in memory, all of it fits a file. same_as:
+    the system that gives the same answers. base: the one it is compared with. classifies: its tenant is the classifier
+    of the set; exits: which may leave early."""
 
     name: str
     path: str = "plain"
     paths: tuple[str, ...] = ("plain",)
     sequences: bool = False
+    on_disk: bool = False
     ngrams: bool = False
     skip: str = ""
     same_as: str = ""
@@ -88,7 +90,10 @@ class System:
 
 
 PLAIN = System(name="plain")
-STORED = System(name="sequence store", sequences=True, same_as="plain")
+STORED = (
+    System(name="sequence store", sequences=True, same_as="plain"),
+    System(name="store on disk", sequences=True, on_disk=True, same_as="plain"),
+)
 SKIPPING = (
     System(name="compute", path="compute", paths=("exact",)),
     System(name="exact", path="exact", paths=("exact",), ngrams=True, same_as="compute"),
@@ -104,7 +109,7 @@ EXITING = (
 
 def systems_of(args: argparse.Namespace, data: str) -> list[System]:
     """Those that a set of texts is sent to."""
-    every = [PLAIN, STORED, *(SKIPPING if args.skip else ())]
+    every = [PLAIN, *STORED, *(SKIPPING if args.skip else ())]
     for name in list(args.skip)[1:]:
         for system in SKIPPING[:3]:
             same_as = system.same_as and f"{name}: {system.same_as}"
@@ -297,15 +302,16 @@ async def _serving(args: argparse.Namespace, data: str, own: Sequence[str]) -> A
         every: list[Served] = []
         for system in systems_of(args, data):
             name = system.skip or first
-            backbone, tables = backbones[name], every_table[name]
+            backbone, tables, store_bytes = backbones[name], every_table[name], args.store_mib * 2**20
             config = EngineConfig(
                 backbone=str(folders[name]),
                 store=str(scratch / f"store-{len(every)}"),
                 compute_threads=args.threads,
                 dtype=args.dtype,
-                sequence_store_bytes=args.store_mib * 2**20 if system.sequences else 0,
+                sequence_store_bytes=store_bytes // 8 if system.on_disk else store_bytes * system.sequences,
+                sequence_disk_bytes=store_bytes * system.on_disk,
                 ngrams=tuple(tables) if system.ngrams else (),
-                ngram_cache_bytes=args.store_mib * 2**20 if system.ngrams else 0,
+                ngram_cache_bytes=store_bytes * system.ngrams,
                 profile=str(scratch) if system.path == "auto" else "",
                 default_deadline_s=600.0,
             )
