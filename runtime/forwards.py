@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import compress, groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -394,4 +395,4 @@ def _check_owned(tenants: Iterable[ResidentTenant]) -> None:
 
 
 def _is_finite(outcome: Outcome) -> bool:
-    return isinstance(outcome, Tensor) and bool(outcome.isfinite().all())
+    return isinstance(outcome, Tensor) and bool(np.isfinite(outcome.numpy()).all())

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -239,9 +240,8 @@ class PackedRows:
     ) -> PackedRows:
         """Pack sequences in the order given. Each needs at least one token and at most config.max_length."""
         lengths = np.array([len(ids) for ids in token_ids], np.int64)
-        cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        flat = np.concatenate([np.asarray(ids, np.int64) for ids in token_ids])
-        types = np.concatenate([np.asarray(ids, np.int64) for ids in type_ids])
+        cu_seqlens = np.array([0, *accumulate(map(len, token_ids))], np.int64)
+        flat, types = (np.fromiter(chain.from_iterable(ids), np.int64, cu_seqlens[-1]) for ids in (token_ids, type_ids))
         positions = _positions(flat, cu_seqlens, lengths, config)
         return cls(
             token_ids=torch.from_numpy(flat),
@@ -291,8 +291,8 @@ def _bucket_size(descending: Ints, longest: int) -> int:
 def _positions(flat: Ints, cu_seqlens: Ints, lengths: Ints, config: EncoderConfig) -> Ints:
     """Position ids as transformers makes them: 0, 1, 2 ...; with an offset, padding tokens stay at pad_token_id."""
     if not config.position_offset:
-        plain: Ints = np.arange(len(flat)) - np.repeat(cu_seqlens[:-1], lengths)
-        return plain
+        plain: Ints = np.arange(len(flat))
+        return plain if len(lengths) == 1 else plain - np.repeat(cu_seqlens[:-1], lengths)
     real = (flat != config.pad_token_id).astype(np.int64)
     total = np.concatenate([[0], np.cumsum(real)])
     within = total[1:] - np.repeat(total[cu_seqlens[:-1]], lengths)
