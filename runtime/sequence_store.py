@@ -28,7 +28,6 @@ from torch import Tensor
 
 from runtime.admission import Sketch
 from vbert.errors import ConfigError
-from vbert.kernels.gather_rows import gather_rows
 from vbert.packing import SequenceInput
 
 __all__ = ["Found", "SequenceStore", "StoreCounts"]
@@ -222,10 +221,10 @@ class SequenceStore:
     def _gathered(self, entries: Sequence[tuple[_Tier, _Entry]], pin: bool) -> Tensor:
         width = self._tiers[0].rows.shape[1]
         out = torch.empty(sum(len(entry.rows) for _, entry in entries), width, dtype=self.dtype, pin_memory=pin)
-        begin = 0
+        begin, into = 0, out.view(torch.uint8).numpy()
         for tier, entry in entries:
             end = begin + len(entry.rows)
-            gather_rows(tier.rows, torch.from_numpy(entry.rows), out=out[begin:end])
+            np.take(tier.bytes, entry.rows, axis=0, out=into[begin:end], mode="clip")  # what may raise goes by a copy
             begin = end
         return out
 
@@ -289,6 +288,7 @@ class _Tier:
     ) -> None:
         """entry_bytes, id_bytes: what an entry, and each of its tokens, takes of `max_bytes` beside its rows."""
         self.rows, self.used = rows, 0
+        self.bytes: NDArray[np.uint8] = rows.view(torch.uint8).numpy()  # the same memory
         self.entries: OrderedDict[bytes, _Entry] = OrderedDict()
         self._max_bytes, self._sketch = max_bytes, sketch
         self._entry_bytes = entry_bytes
