@@ -81,7 +81,8 @@ class LowerStores:
     def remember(
         self, routes: Routes, sequences: Sequence[SequenceInput], states: Tensor | None, ngrams: Tensor | None
     ) -> None:
-        """Keep what a forward computed: states of the sequences wanted, rows of missing n-grams; in host memory."""
+        """Keep what a forward computed: states of the sequences wanted, rows of missing n-grams; in host memory. And
+        take note of the n-grams that it missed."""
         if self.sequences is not None and routes.found is not None and states is not None:
             self.sequences.insert(routes.found, sequences, states)
         if self.ngrams is not None and routes.skipped is not None and ngrams is not None:

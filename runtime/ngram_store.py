@@ -28,7 +28,7 @@ from torch import Tensor
 
 from vbert.entry import Entry, Tokens, ngrams_of
 from vbert.ngram.cache import NgramCache
-from vbert.ngram.index import Keys, Places, Rows, shortened
+from vbert.ngram.index import Keys, Located, Rows, shortened
 from vbert.ngram.table import NgramTable
 from vbert.packing import SequenceInput
 from vbert.skip import SLOTS, SkipConfig
@@ -43,7 +43,7 @@ _TOKENS_PER_WANTED = 64  # of a batch beside which one is computed: 3 rows of lo
 class _Source(Protocol):
     """A table or the cache."""
 
-    def fill(self, places: Places, asking: NDArray[np.bool_], length: int, source: int) -> None: ...
+    def fill(self, located: Located, asking: NDArray[np.bool_], length: int, source: int) -> None: ...
     def add_views(self, rows: Rows, cu_seqlens: NDArray[np.int64], out: Tensor) -> None: ...
 
 
@@ -99,12 +99,12 @@ class Routed:
     shares: list[bool]
     type_ids: list[Sequence[int]]
     sources: Sequence[_Source]
-    places: Places
+    located: Located
     missed: list[Keys]
 
 
 class NgramStore:
-    """Any thread may route, skip and insert; between `route` and `skip` hold `lock`."""
+    """Any thread may do anything; between `route` and `skip` hold `lock`."""
 
     def __init__(
         self,
@@ -138,56 +138,56 @@ class NgramStore:
         candidates = [i for i, s in enumerate(sequences) if s.paths != ("plain",)]
         if not candidates:
             return None
-        places = Places.unknown(*ngrams_of([sequences[i].token_ids for i in candidates], self.config))
+        located = Located.unknown(*ngrams_of([sequences[i].token_ids for i in candidates], self.config))
         routed = Routed(
             paths=["plain"] * len(sequences),
             candidates=candidates,
             shares=[sequences[i].scope == b"" for i in candidates],
             type_ids=[sequences[i].type_ids for i in candidates],
             sources=self._all_sources(sequences, candidates),
-            places=places,
+            located=located,
             missed=[],
         )
         paths = [sequences[i].paths for i in candidates]
         self._look_up(routed, sequences, [("exact" in each) | ("backoff" in each) for each in paths], SLOTS)
         shortens = any("backoff" in each for each in paths)
         if shortens:
-            absent = np.add.reduceat(places.kept < SLOTS, places.cu_seqlens[:-1]) / np.diff(places.cu_seqlens)
+            absent = np.add.reduceat(located.kept < SLOTS, located.cu_seqlens[:-1]) / np.diff(located.cu_seqlens)
             may = (absent <= self._most_shortened).tolist()
             # Shorter n-grams are of use where not too much is absent, or where a tenant has nothing else.
             backs_off = ["backoff" in each and (few or len(each) == 1) for each, few in zip(paths, may, strict=True)]
             for length in (2, 1) if any(backs_off) else ():
                 self._look_up(routed, sequences, backs_off, length)
         for n, i in enumerate(candidates):
-            here = slice(places.cu_seqlens[n], places.cu_seqlens[n + 1])
-            routed.paths[i] = path = self._path(paths[n], places.keys[here], places.kept[here])
+            here = slice(located.cu_seqlens[n], located.cu_seqlens[n + 1])
+            routed.paths[i] = path = self._path(paths[n], located.keys[here], located.kept[here])
             if shortens and path != "backoff":  # shorter n-grams are of no use to it
-                short = places.kept[here] < SLOTS
-                places.kept[here][short], places.source[here][short] = 0, -1
+                in_part = located.kept[here] < SLOTS
+                located.kept[here][in_part], located.source[here][in_part] = 0, -1
             if path == "plain" and self._cache is not None and routed.shares[n] and "exact" in paths[n]:
                 # exact would have been possible, and is cheaper once its n-grams are there
-                routed.missed.append(places.keys[here][places.kept[here] < SLOTS])
+                routed.missed.append(located.keys[here][located.kept[here] < SLOTS])
         return routed
 
     def skip(self, routed: Routed, leave_out: Sequence[int] = (), *, pin: bool = False) -> Skipped | None:
         """What enters for the candidates that do not go the plain way, but for those left out; None: there are none.
         pin: rows for a copy to a GPU."""
-        out, places = set(leave_out), routed.places
+        out, located = set(leave_out), routed.located
         chosen = [n for n, i in enumerate(routed.candidates) if routed.paths[i] != "plain" and i not in out]
         if not chosen:
             return None
-        lengths = np.diff(places.cu_seqlens)
+        lengths = np.diff(located.cu_seqlens)
         mine: slice | NDArray[np.bool_] = slice(None)
         if len(chosen) < len(lengths):
             mine = np.repeat(np.isin(np.arange(len(lengths)), chosen), lengths)
             lengths = lengths[chosen]
         tokens = Tokens.at(
-            places.keys[mine],
+            located.keys[mine],
             np.concatenate([[0], np.cumsum(lengths)]),
             [routed.type_ids[n] for n in chosen],
             self.config,
         )
-        source, row, kept = places.source[mine], places.row[mine], places.kept[mine]
+        source, row, kept = located.source[mine], located.row[mine], located.kept[mine]
         paths, shared = [routed.paths[routed.candidates[n]] for n in chosen], [routed.shares[n] for n in chosen]
         flags = [(path != "backoff", share, path == "shortened") for path, share in zip(paths, shared, strict=True)]
         computes, shares, short = np.repeat(np.array(flags), lengths, axis=0).T
@@ -206,7 +206,7 @@ class NgramStore:
         if self._cache is not None:
             stores = shares & np.repeat([path == "exact" for path in paths], lengths)
             may_keep[which[stores & to_compute]] = True
-            if "backoff" in paths:
+            if any(share and path == "backoff" for share, path in zip(shared, paths, strict=True)):
                 routed.missed.append(keys[shares & ~computes & (kept < SLOTS)])
             if len(beside := self.wanted(len(tokens) // _TOKENS_PER_WANTED)):
                 beside = np.setdiff1d(beside, missing)
@@ -231,12 +231,13 @@ class NgramStore:
             self.counters.evicted += evicted
 
     def want(self, missed: Sequence[Keys]) -> None:
-        """Of n-grams that texts did without, those that were missing before. More than a few thousand are not waited
-        for."""
+        """Take n-grams that texts did without for wanted, those that were missing before as well. missed: at least one
+        array. More than a few thousand are not waited for."""
         if self._cache is None:
             return
+        keys = np.unique(np.concatenate(missed))
         with self.lock:
-            keys = np.unique(np.concatenate(missed))
+            keys = keys[self._cache.find(keys) < 0]  # but for those that were computed since
             self._wanted |= dict.fromkeys(keys[self._cache.worth_keeping(keys)].tolist())
             while len(self._wanted) > _MOST_WANTED:
                 del self._wanted[next(iter(self._wanted))]
@@ -285,7 +286,7 @@ class NgramStore:
                 mine = np.array([each == ask for each in asking])
                 for source in self._sources_of(*ask):
                     number = next(n for n, each in enumerate(routed.sources) if each is source)
-                    source.fill(routed.places, mine, length, number)
+                    source.fill(routed.located, mine, length, number)
 
     def _path(self, allowed: tuple[str, ...], keys: Keys, kept: NDArray[np.int8]) -> str:
         """The cheapest of the paths allowed. keys, kept: of one sequence."""
@@ -294,7 +295,7 @@ class NgramStore:
         absent = np.flatnonzero(kept < SLOTS)
         if "exact" in allowed and not len(absent):
             return "exact"
-        if "backoff" in allowed and len(absent) <= self._most_shortened * len(kept) and kept.all():
+        if "backoff" in allowed and len(absent) / len(kept) <= self._most_shortened and kept.all():
             return "backoff"
         missing = len(set(keys[absent].tolist()))
         if "exact" in allowed and ("plain" not in allowed or self._costs.exact_pays(len(keys), missing)):

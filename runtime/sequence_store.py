@@ -224,7 +224,7 @@ class SequenceStore:
         begin, into = 0, out.view(torch.uint8).numpy()
         for tier, entry in entries:
             end = begin + len(entry.rows)
-            np.take(tier.bytes, entry.rows, axis=0, out=into[begin:end], mode="clip")  # what may raise goes by a copy
+            np.take(tier.bytes, entry.rows, axis=0, out=into[begin:end], mode="clip")  # "raise" copies through a buffer
             begin = end
         return out
 

@@ -284,3 +284,17 @@ def test_self_tests_travel_with_the_file(backbone):
     (again,) = read_tenant_bytes(write_tenant(module)).self_tests
     assert torch.equal(again.expected, test.expected)
     assert torch.equal(again.token_ids, test.token_ids)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"type_ids": torch.tensor([0, 0])}, {"token_ids": torch.tensor([[2, 5, 3]])}, {"token_ids": torch.tensor([2])}],
+)
+def test_a_self_test_has_as_many_types_as_tokens(backbone, changed):
+    test = {"token_ids": torch.tensor([2, 5, 3]), "type_ids": torch.tensor([0, 0, 0]), "expected": torch.randn(3)}
+    data = write_tenant(replace(Factory(backbone, seed=2).tenant("lora"), self_tests=(SelfTest(**test),)))
+    bad = rewrite(
+        data, change_tensors=lambda tensors: tensors.update({f"self_test.0.{n}": t for n, t in changed.items()})
+    )
+    with pytest.raises(CorruptFile, match="self-test 0 has token ids"):
+        read_tenant_bytes(bad)

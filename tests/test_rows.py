@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -43,6 +45,13 @@ def rows():
         pad_token_id=0,
     )
     return PackedRows.build(IDS, [[0] * len(ids) for ids in IDS], config)
+
+
+def test_types_that_do_not_fit_are_no_batch():
+    """More of them would be those of the next sequence."""
+    for types in ([[0, 0, 0], [0]], [[0], [0, 0]]):
+        with pytest.raises(ShapeError, match=r"sequences of \[2, 1\] tokens do not fit type ids of"):
+            PackedRows.build([[5, 6], [7]], types, SimpleNamespace(position_offset=0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vbert.config import EncoderConfig
+from vbert.errors import ShapeError
 
 __all__ = [
     "BLOCK_ROWS",
@@ -238,9 +239,12 @@ class PackedRows:
     def build(
         cls, token_ids: Sequence[Sequence[int]], type_ids: Sequence[Sequence[int]], config: EncoderConfig
     ) -> PackedRows:
-        """Pack sequences in the order given. Each needs at least one token and at most config.max_length."""
-        lengths = np.array([len(ids) for ids in token_ids], np.int64)
-        cu_seqlens = np.array([0, *accumulate(map(len, token_ids))], np.int64)
+        """Pack sequences in the order given. Each needs at least one token and at most config.max_length. Raises
+        ShapeError where one has not as many types as tokens."""
+        counts = [len(ids) for ids in token_ids]
+        if counts != [len(ids) for ids in type_ids]:
+            raise ShapeError(f"sequences of {counts} tokens do not fit type ids of {[len(ids) for ids in type_ids]}")
+        lengths, cu_seqlens = np.array(counts, np.int64), np.array([0, *accumulate(counts)], np.int64)
         flat, types = (np.fromiter(chain.from_iterable(ids), np.int64, cu_seqlens[-1]) for ids in (token_ids, type_ids))
         positions = _positions(flat, cu_seqlens, lengths, config)
         return cls(

@@ -341,6 +341,10 @@ def _check_tensor_table(header: TenantHeader) -> None:
         found = header.tensors.get(name)
         if found is None or found.dtype != dtype or (shape is not None and found.shape != shape):
             raise CorruptFile(f"tensor {name!r} is {found}, the metadata promises {dtype} {shape}; {AGAIN}")
+    for i in range(header.num_self_tests):
+        ids, types = (header.tensors[f"self_test.{i}.{part}"].shape for part in ("token_ids", "type_ids"))
+        if len(ids) != 1 or not ids[0] or types != ids:
+            raise CorruptFile(f"self-test {i} has token ids {list(ids)} and type ids {list(types)}; {AGAIN}")
     head, labels = header.head, len(header.head.labels)
     for shapes in heads.values() if head.kind != "embed" else ():
         if not shapes or shapes[-1][0] != labels or not labels:

@@ -10,7 +10,7 @@ import pytest
 from vbert.errors import ShapeError
 from vbert.ngram.index import (
     MAX_TOKEN_ID,
-    Places,
+    Located,
     build_index,
     find_rows,
     look_up,
@@ -55,7 +55,7 @@ def test_every_key_is_found_and_no_other(count):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_places_are_filled_for_those_who_ask(seed):
+def test_n_grams_are_located_for_those_who_ask(seed):
     """Two indices in turn, longer n-grams first, as `look_up` finds them one by one."""
     rng = random.Random(seed)
     texts = [*random_texts(rng, 80, 9), [], [rng.randrange(9) for _ in range(300)], []]
@@ -66,10 +66,10 @@ def test_places_are_filled_for_those_who_ask(seed):
     indices = [build_index(stored[0]), build_index(stored[1] ^ salt)]
     used = np.zeros(len(stored[1]), np.uint8)
     asking = np.array([rng.random() < 0.7 for _ in texts])
-    places = Places.unknown(keys, cu_seqlens)
+    located = Located.unknown(keys, cu_seqlens)
     for length in (3, 2, 1):
-        places.fill(asking, length, 0, indices[0])
-        places.fill(asking, length, 1, indices[1], salt=salt, used=used)
+        located.fill(asking, length, 0, indices[0])
+        located.fill(asking, length, 1, indices[1], salt=salt, used=used)
     rows = [{int(key): row for row, key in enumerate(part)} for part in stored]
     wanted = []
     for i, key in enumerate(keys):
@@ -77,16 +77,21 @@ def test_places_are_filled_for_those_who_ask(seed):
         tries = [(n, rows[n], length) for length in (3, 2, 1) for n in (0, 1)]
         hits = ((n, own[short], length) for n, own, length in tries if (short := int(shortened(key, length))) in own)
         wanted.append(next(hits, (-1, -1, 0)) if asks else (-1, -1, 0))
-    assert list(zip(places.source, places.row, places.kept, strict=True)) == wanted
+    assert list(zip(located.source, located.row, located.kept, strict=True)) == wanted
     assert np.flatnonzero(used).tolist() == sorted({row for source, row, _ in wanted if source == 1})
-    assert len({*places.source.tolist()}) == 3
+    assert len({*located.source.tolist()}) == 3
 
 
 def test_the_highest_row_is_told():
     keys, cu_seqlens = keys_of([1, 2, 3]), np.array([0, 3])
     index = build_index(keys[[2, 0]])
-    assert Places.unknown(keys, cu_seqlens).fill(np.array([True]), 3, 0, index) == 1
-    assert Places.unknown(keys, cu_seqlens).fill(np.array([False]), 3, 0, index) == -1
+    assert Located.unknown(keys, cu_seqlens).fill(np.array([True]), 3, 0, index) == 1
+    assert Located.unknown(keys, cu_seqlens).fill(np.array([False]), 3, 0, index) == -1
+
+
+def test_a_key_of_nothing_is_nowhere():
+    index = build_index(keys_of([1, 2, 3]))
+    assert Located.unknown(np.zeros(2, np.uint64), np.array([0, 2])).fill(np.array([True]), 3, 0, index) == -1
 
 
 def test_keys_that_fall_on_one_place_are_all_found():

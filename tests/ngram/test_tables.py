@@ -87,12 +87,12 @@ def test_of_tables_that_are_merged_the_first_wins(made: Made, tmp_path: Path) ->
     both = NgramTable(tmp_path / "both", made.local.base)
     assert both.dtype == torch.float16
     rows, wanted = torch.empty(len(one), 3, one.width), torch.empty(len(one), 3, one.width)
-    both.gather(both.find(one.keys), rows)
+    both.gather(both.look_up(one.keys)[0], rows)
     one.gather(np.arange(len(one)), wanted)
     assert torch.equal(rows, wanted)
     shared = np.intersect1d(one.keys, other.keys)
-    sums = one.counts[one.find(shared)].long() + other.counts[other.find(shared)].long()
-    assert torch.equal(both.counts[both.find(shared)].long(), sums)
+    sums = one.counts[one.look_up(shared)[0]].long() + other.counts[other.look_up(shared)[0]].long()
+    assert torch.equal(both.counts[both.look_up(shared)[0]].long(), sums)
     assert coverage_of(both, TEXTS, made.tokenizer).tri == 1.0
 
 
@@ -123,7 +123,7 @@ def test_pruning_keeps_the_most_frequent(made: Made, tmp_path: Path) -> None:
     assert coverage_of(pruned, TEXTS[3:], made.tokenizer).tri < 1.0
     rows, wanted = torch.empty(len(pruned), 3, table.width), torch.empty(len(pruned), 3, table.width)
     pruned.gather(np.arange(len(pruned)), rows)
-    table.gather(table.find(pruned.keys), wanted)
+    table.gather(table.look_up(pruned.keys)[0], wanted)
     assert torch.equal(rows, wanted)
     assert prune_table(tmp_path / "pruned", table, dtype="int8") == len(table)  # beside its reader
     assert torch.equal(rows[0], torch.empty_like(rows[0]).copy_(rows[0]))

@@ -41,8 +41,8 @@ def test_views_of_a_table_are_those_of_its_rows(dtype: torch.dtype, tmp_path: Pa
     with TableWriter(tmp_path / "t", **about) as writer:  # type: ignore[arg-type]
         writer.add(rows)
     table = NgramTable(tmp_path / "t", "f")
-    assert table.find(keys[[4, 2]]).tolist() == [4, 2]
-    assert table.find(keys[:1] + np.uint64(1)).tolist() == [-1]
+    assert table.look_up(keys[[4, 2]])[0].tolist() == [4, 2]
+    assert table.look_up(keys[:1] + np.uint64(1))[0].tolist() == [-1]
     stored = torch.empty(10, 3, 8)
     table.gather(np.arange(10), stored)
     out = torch.zeros(len(ROWS), 8)

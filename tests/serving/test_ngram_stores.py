@@ -17,6 +17,7 @@ from tests.tiny import TEXTS
 from vbert.errors import ConfigError, WrongBackbone
 from vbert.ngram.index import look_up, shortened
 from vbert.ngram.table import NgramTable, TableWriter
+from vbert.packing import SequenceInput
 
 CLOSE = {"rtol": 0, "atol": 1e-3}  # rows of tables are float16
 
@@ -216,12 +217,13 @@ async def test_large_batches_learn_beside_their_own_work(world, on_skip, monkeyp
     async with on_skip(ngrams=(table,), ngram_cache_bytes=2**20, max_backoff=1.0) as engine:
         await add(engine, "t", module)
         want = (await engine.classify("t", list(TEXTS))).probabilities
-        answer = await engine.classify("t", list(TEXTS) * 4)
-        assert {*answer.paths} == {"backoff"}
-        np.testing.assert_allclose(answer.probabilities, np.tile(want, (4, 1)), **CLOSE)
+        before = engine.snapshot().ngrams["computed"]  # by self-tests
         async with asyncio.timeout(10):
-            while not engine.snapshot().ngrams["inserted"]:  # what was missing twice is computed beside a later batch
-                await engine.classify("t", list(TEXTS) * 4)
+            while engine.snapshot().ngrams["computed"] == before:  # what was missing twice, beside a later batch
+                answer = await engine.classify("t", list(TEXTS) * 4)
+                assert {*answer.paths} == {"backoff"}
+                np.testing.assert_allclose(answer.probabilities, np.tile(want, (4, 1)), **CLOSE)
+        await until(lambda: engine.snapshot().ngrams["inserted"] > 0)
 
 
 async def test_who_does_not_share_teaches_nobody(world, on_skip):
@@ -248,16 +250,43 @@ async def test_n_grams_that_cannot_be_computed_are_told_and_forgotten(world, on_
         assert (await engine.classify("t", [TEXTS[1]])).paths == ("backoff",)
 
 
+def a_store(world, **settings):
+    """With a cache, and no cost at all."""
+    free = PathCosts(*[lambda count: 0.0] * 4)
+    config, width = world.backbone.skip.config, world.backbone.config.hidden_size
+    return NgramStore(config, width, tables={}, cache_bytes=2**20, **{"costs": free} | settings)
+
+
 def test_only_so_many_are_wanted(world, monkeypatch):
     monkeypatch.setattr("runtime.ngram_store._MOST_WANTED", 5)
-    free = PathCosts(*[lambda count: 0.0] * 4)
-    store = NgramStore(
-        world.backbone.skip.config, world.backbone.config.hidden_size, tables={}, cache_bytes=2**20, costs=free
-    )
-    keys = np.unique(world.keys(TEXTS))
+    store, keys = a_store(world), np.unique(world.keys(TEXTS))
     for _ in range(2):
         store.want([keys])
     assert len(keys) > 5
     assert store.wanted(3).tolist() == keys[-5:-2].tolist()
     assert len(store.wanted(9)) == 2
     assert not len(store.wanted(9))
+
+
+def test_what_was_computed_meanwhile_is_not_wanted_again(world):
+    store, keys = a_store(world), np.unique(world.keys(TEXTS))
+    for _ in range(2):
+        store.want([keys])
+    taken = store.wanted(3)
+    store.keep(taken, torch.zeros(3, 3, world.backbone.config.hidden_size))
+    store.want([keys])
+    assert {*store.wanted(len(keys)).tolist()} == {*keys.tolist()} - {*taken.tolist()}
+
+
+@pytest.mark.parametrize("paths", [("backoff",), ("plain", "exact")])
+def test_only_who_shares_teaches(world, paths):
+    dear = PathCosts(*[lambda count: 1.0] * 4)
+    store, ids = a_store(world, costs=dear), [2, 7, 8, 9, 3]
+
+    def missed(scope):
+        routed = store.route([SequenceInput(ids, [0] * len(ids), None, paths=paths, scope=scope)])
+        assert routed.paths == [paths[0]]
+        store.skip(routed)
+        return sum(len(keys) for keys in routed.missed)
+
+    assert [missed(scope) for scope in (b"", b"its own", None)] == [len(ids), 0, 0]

@@ -1,4 +1,4 @@
-"""Operator: rows of a table by index, such as the stored rows of the n-grams of a batch."""
+"""Operator: rows of a table by index, such as the word rows of a batch."""
 
 from __future__ import annotations
 

@@ -28,8 +28,12 @@ def mean_rows(x: Tensor, cu_seqlens: NDArray[np.int64], *, out: Tensor, backend:
         are not checked.  out: [B, H] contiguous float32.
     Returns: `out`. Raises: ShapeError.
     """
-    if out.shape != (len(cu_seqlens) - 1, x.shape[1]) or out.dtype != torch.float32 or not out.is_contiguous():
-        raise ShapeError(f"means of {len(cu_seqlens) - 1} sequences of {list(x.shape)} are not {list(out.shape)}")
+    fits = out.shape == (len(cu_seqlens) - 1, x.shape[1]) and x.dtype in (torch.float32, torch.bfloat16)
+    if not fits or out.dtype != torch.float32 or not out.is_contiguous():
+        raise ShapeError(
+            f"means of {len(cu_seqlens) - 1} sequences of rows {list(x.shape)} {x.dtype} do not fit {list(out.shape)} "
+            f"{out.dtype}; they are contiguous float32"
+        )
     if backend is Backend.REFERENCE:
         for i, row in enumerate(out):
             row.copy_(x[cu_seqlens[i] : cu_seqlens[i + 1]].float().mean(0))
@@ -44,7 +48,10 @@ def unit_rows(x: Tensor, *, out: Tensor, backend: Backend | None = None) -> Tens
     Returns: `out`. Raises: ShapeError.
     """
     if out.shape != x.shape or not x.dtype == out.dtype == torch.float32 or not out.is_contiguous():
-        raise ShapeError(f"unit rows of {list(x.shape)} {x.dtype} are float32 of that shape, not {list(out.shape)}")
+        raise ShapeError(
+            f"unit rows of {list(x.shape)} {x.dtype} do not fit {list(out.shape)} {out.dtype}; both are float32, and "
+            "the second is contiguous"
+        )
     if backend is Backend.REFERENCE:
         return out.copy_(x / x.norm(dim=1, keepdim=True).clamp_min(float(_LEAST_NORM)))
     _unit(*as_rows(x), out.numpy())

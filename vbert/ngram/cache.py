@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vbert.errors import ConfigError, ShapeError
-from vbert.ngram.index import Keys, Places, Rows, find_rows, insert_key, mixed, places_for, remove_key
+from vbert.ngram.index import Keys, Located, Rows, find_rows, insert_key, mixed, places_for, remove_key
 from vbert.ngram.views import add_views
 
 __all__ = ["NgramCache"]
@@ -55,9 +55,9 @@ class NgramCache:
         self._used[rows[rows >= 0]] = 1
         return rows
 
-    def fill(self, places: Places, asking: NDArray[np.bool_], length: int, source: int) -> None:
-        """As vbert.ngram.index.Places.fill. What is found stays longer."""
-        places.fill(asking, length, source, self._index, salt=self._salt, used=self._used)
+    def fill(self, located: Located, asking: NDArray[np.bool_], length: int, source: int) -> None:
+        """As vbert.ngram.index.Located.fill. What is found stays longer."""
+        located.fill(asking, length, source, self._index, salt=self._salt, used=self._used)
 
     def add_views(self, rows: Rows, cu_seqlens: NDArray[np.int64], out: Tensor) -> None:
         """As vbert.ngram.views.add_views."""

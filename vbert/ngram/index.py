@@ -22,7 +22,7 @@ from vbert.ngram.prefetch import prefetch
 __all__ = [
     "CODE_BITS",
     "MAX_TOKEN_ID",
-    "Places",
+    "Located",
     "build_index",
     "find_rows",
     "insert_key",
@@ -42,8 +42,8 @@ _BLOCK = 256  # keys whose first places are asked for before any is read, so tha
 
 _RIGHT = np.uint64((1 << 2 * CODE_BITS) - 1)  # centre and right
 _CENTRE = np.uint64(((1 << CODE_BITS) - 1) << CODE_BITS)
-_KEPT = (np.uint64(0), _CENTRE, _RIGHT, ~np.uint64(0))  # of a key, by tokens
-_NO_SALT, _NOT_TOLD = np.uint64(0), np.empty(0, np.uint8)
+_MASKS = (np.uint64(0), _CENTRE, _RIGHT, ~np.uint64(0))  # of a key, by how many tokens are left
+_NO_SALT, _NO_ROWS = np.uint64(0), np.empty(0, np.uint8)
 
 Keys = NDArray[np.uint64]
 Rows = NDArray[np.int64]
@@ -68,7 +68,7 @@ def parts_of(keys: Keys) -> NDArray[np.int64]:
 
 def shortened(keys: Keys, tokens: int | NDArray[np.int64]) -> Keys:
     """[n] the keys of what stands in for n-grams: of 2 tokens, without the left one, or of 1, the centre. 3: itself."""
-    out: Keys = keys & np.array(_KEPT)[tokens]
+    out: Keys = keys & np.array(_MASKS)[tokens]
     return out
 
 
@@ -114,21 +114,21 @@ def look_up(keys: Keys, index: Keys, depth: int = 3) -> tuple[Rows, NDArray[np.u
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class Located:
     """The n-gram around each token of sequences one after the other, and where it was found, [T]: in which of several
     sources, in which row (-1: none), and how many of its tokens that row is of (0: none). cu_seqlens: [B + 1]."""
 
     keys: Keys
     cu_seqlens: NDArray[np.int64]
-    source: NDArray[np.int8]
+    source: NDArray[np.int32]
     row: Rows
     kept: NDArray[np.int8]
 
     @classmethod
-    def unknown(cls, keys: Keys, cu_seqlens: NDArray[np.int64]) -> Places:
+    def unknown(cls, keys: Keys, cu_seqlens: NDArray[np.int64]) -> Located:
         """Nothing was looked for yet."""
         nowhere = np.full(len(keys), -1)
-        return cls(keys, cu_seqlens, nowhere.astype(np.int8), nowhere, np.zeros(len(keys), np.int8))
+        return cls(keys, cu_seqlens, nowhere.astype(np.int32), nowhere, np.zeros(len(keys), np.int8))
 
     def fill(
         self,
@@ -138,16 +138,16 @@ class Places:
         index: Keys,
         *,
         salt: np.uint64 = _NO_SALT,
-        used: NDArray[np.uint8] = _NOT_TOLD,
+        used: NDArray[np.uint8] = _NO_ROWS,
     ) -> int:
         """Look for n-grams of so many tokens, for the sequences that are asking, where nothing was found yet.
 
         asking: [B]. source: a number for this index. salt: its keys are XORed with it. used: [rows], set to 1 for those
         that are found; nothing where it is empty. Returns the highest row found, -1: none.
         """
-        keep = _KEPT[length]
-        found = self.source, self.row, self.kept
-        return int(_fill(self.keys, self.cu_seqlens, asking, length, keep, salt, source, index, used, *found))
+        where = self.source, self.row, self.kept
+        mask = _MASKS[length]
+        return int(_fill(self.keys, self.cu_seqlens, asking, length, mask, salt, source, index, used, *where))
 
 
 # ---- kernels -------------------------------------------------------------------------------------------------------
@@ -261,27 +261,33 @@ def _find(keys, index, rows):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
-def _fill(keys, cu_seqlens, asking, length, keep, salt, number, index, used, source, row, kept):  # type: ignore[no-untyped-def]
-    mask, highest, count = np.uint64(len(index) - 1), np.int64(-1), 0
+def _fill(  # type: ignore[no-untyped-def]
+    keys, cu_seqlens, asking, length, mask, salt, number, index, used, source, row, kept
+):
+    last, highest, count = np.uint64(len(index) - 1), np.int64(-1), 0
     left, wanted, places = np.empty(_BLOCK, np.int64), np.empty(_BLOCK, np.uint64), np.empty(_BLOCK, np.uint64)
     for b in range(len(asking)):
+        if not asking[b]:
+            continue
         for i in range(cu_seqlens[b], cu_seqlens[b + 1]):
-            if asking[b] and kept[i] == 0:
-                left[count], wanted[count] = i, (keys[i] & keep) ^ salt
-                places[count] = _place(wanted[count], mask)
+            if kept[i] == 0 and keys[i] & mask != 0:
+                left[count], wanted[count] = i, (keys[i] & mask) ^ salt
+                places[count] = _place(wanted[count], last)
                 prefetch(index, places[count])  # type: ignore[call-arg]
                 count += 1
             if count == _BLOCK:
-                last = _settle(left, wanted, places, count, length, number, index, used, source, row, kept)
-                highest, count = max(highest, last), 0
+                most = _settle(left, wanted, places, count, length, number, index, used, source, row, kept)
+                highest, count = max(highest, most), 0
     return max(highest, _settle(left, wanted, places, count, length, number, index, used, source, row, kept))
 
 
 @numba.njit(nogil=True, cache=True, inline="always")
-def _settle(left, wanted, places, count, length, number, index, used, source, row, kept):  # type: ignore[no-untyped-def]
-    mask, highest = np.uint64(len(index) - 1), np.int64(-1)
+def _settle(  # type: ignore[no-untyped-def]
+    left, wanted, places, count, length, number, index, used, source, row, kept
+):
+    last, highest = np.uint64(len(index) - 1), np.int64(-1)
     for j in range(count):
-        found = _walk(wanted[j], places[j], index, mask)
+        found = _walk(wanted[j], places[j], index, last)
         if found >= 0:
             source[left[j]], row[left[j]], kept[left[j]] = number, found, length
             highest = max(highest, found)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from vbert.errors import ConfigError, CorruptFile, ShapeError, WrongBackbone
 from vbert.kernels.rows import as_rows, load, store
-from vbert.ngram.index import Keys, Places, Rows, build_index, find_rows, look_up
+from vbert.ngram.index import Keys, Located, Rows, build_index, look_up
 from vbert.ngram.views import add_views
 
 __all__ = ["NgramTable", "TableWriter"]
@@ -65,9 +65,9 @@ class NgramTable:
             )
         self._index: Keys = tensors["index"].numpy()
         self.counts, self.rows, self._scales = tensors["counts"], tensors["rows"], tensors.get("scales")
-        scales = 0 if self._scales is None else self._scales.nbytes
-        rows = size - scales - self.rows.nbytes
-        self._in_order = (0, rows), (size - scales, scales), (rows, self.rows.nbytes)
+        scale_bytes = 0 if self._scales is None else self._scales.nbytes
+        first_row = size - scale_bytes - self.rows.nbytes
+        self._in_order = (0, first_row), (size - scale_bytes, scale_bytes), (first_row, self.rows.nbytes)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -88,7 +88,7 @@ class NgramTable:
     def read_ahead(self, begin: int, count: int) -> int:
         """Have the system read a part of the file into its page cache; returns how many bytes, at most `count`, and 0
         at the end. A row that is not there costs whoever asks for it a read of the disk, some 100 us. `begin` counts
-        what every look-up needs first: index, counts, scales; then the rows. Raises OSError."""
+        the scales before the rows, since every row needs its own. Raises OSError."""
         with self.path.open("rb", buffering=0) as file:
             for at, size in self._in_order:
                 if begin < size:
@@ -113,16 +113,9 @@ class NgramTable:
             raise CorruptFile(f"the index of {self.path} names a row beyond its {len(self)}; {_AGAIN}")
         return rows, kept
 
-    def find(self, keys: Keys) -> Rows:
-        """[n] rows of exactly these n-grams, -1 where there is none. Raises CorruptFile as `look_up` does."""
-        rows = find_rows(keys, self._index)
-        if len(rows) and int(rows.max()) >= len(self):
-            raise CorruptFile(f"the index of {self.path} names a row beyond its {len(self)}; {_AGAIN}")
-        return rows
-
-    def fill(self, places: Places, asking: NDArray[np.bool_], length: int, source: int) -> None:
-        """As vbert.ngram.index.Places.fill. Raises CorruptFile as `look_up` does."""
-        if places.fill(asking, length, source, self._index) >= len(self):
+    def fill(self, located: Located, asking: NDArray[np.bool_], length: int, source: int) -> None:
+        """As vbert.ngram.index.Located.fill. Raises CorruptFile as `look_up` does."""
+        if located.fill(asking, length, source, self._index) >= len(self):
             raise CorruptFile(f"the index of {self.path} names a row beyond its {len(self)}; {_AGAIN}")
 
     def add_views(self, rows: Rows, cu_seqlens: NDArray[np.int64], out: Tensor) -> None:

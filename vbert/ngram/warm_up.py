@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from vbert.ngram.cache import NgramCache
-from vbert.ngram.index import Places, build_index, look_up, ngram_keys
+from vbert.ngram.index import Located, build_index, look_up, ngram_keys
 from vbert.ngram.views import add_views
 
 __all__ = ["warm_up_ngrams"]
@@ -21,8 +21,8 @@ def warm_up_ngrams() -> None:
     cache.worth_keeping(keys)
     cache.insert(keys, torch.zeros(2, 3, 4))
     cache.discard(keys[:1])
-    places = Places.unknown(keys, cu_seqlens)
-    cache.fill(places, np.array([True]), 3, 0)
+    located = Located.unknown(keys, cu_seqlens)
+    cache.fill(located, np.array([True]), 3, 0)
     rows, out = cache.find(keys), torch.zeros(2, 4)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         add_views(torch.zeros(2, 3, 4, dtype=dtype), rows, cu_seqlens, out=out)
