@@ -19,6 +19,7 @@ import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -119,7 +120,8 @@ class NgramStore:
         """tables: by domain, those asked first at the front; the domain "" holds what is asked for all. most_shortened:
         part of a text's n-grams that `auto` may replace by shorter ones. Raises ConfigError for a cache that holds
         nothing."""
-        self.config, self._width, self._costs, self._most_shortened = config, width, costs, most_shortened
+        self.config, self._width, self._most_shortened = config, width, most_shortened
+        self._exact_pays = lru_cache(maxsize=1 << 14)(costs.exact_pays)  # texts of so many tokens come again
         self._cache = NgramCache(cache_bytes, width) if cache_bytes else None
         self.tables = [table for every in tables.values() for table in every]
         last: list[_Source] = list(tables.get("", ()))
@@ -298,7 +300,7 @@ class NgramStore:
         if "backoff" in allowed and len(absent) / len(kept) <= self._most_shortened and kept.all():
             return "backoff"
         missing = len(set(keys[absent].tolist()))
-        if "exact" in allowed and ("plain" not in allowed or self._costs.exact_pays(len(keys), missing)):
+        if "exact" in allowed and ("plain" not in allowed or self._exact_pays(len(keys), missing)):
             return "exact"
         return "plain" if "plain" in allowed else "backoff"
 
