@@ -112,8 +112,9 @@ def _quality(found: Iterable[Mapping[str, Any]], markdown: Markdown) -> str:
             key: tuple[str, ...] = (config["backbone"], row["system"], *about, row["path"])
             cells.setdefault(key, {}).setdefault(row["set"], {})[row["seed"]] = row["value"]
     sets = sorted({name for of_set in cells.values() for name in of_set})
+    students = list(dict.fromkeys(key[:-1] for key in cells))
     body = []
-    for key, of_set in cells.items():
+    for key, of_set in sorted(cells.items(), key=lambda cell: students.index(cell[0][:-1])):
         teacher = cells[key[0], "teacher", "-", "-", key[4], "plain"]
         # A student is compared seed by seed, on the seeds and sets that its teacher was measured with.
         apart = [
