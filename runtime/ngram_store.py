@@ -173,7 +173,7 @@ class NgramStore:
 
     def skip(self, routed: Routed, leave_out: Sequence[int] = (), *, pin: bool = False) -> Skipped | None:
         """What enters for the candidates that do not go the plain way, but for those left out; None: there are none.
-        pin: rows for a copy to a GPU."""
+        pin: rows for a copy to a GPU. What `backoff` does without is added to `routed.missed`."""
         out, located = set(leave_out), routed.located
         chosen = [n for n, i in enumerate(routed.candidates) if routed.paths[i] != "plain" and i not in out]
         if not chosen:
