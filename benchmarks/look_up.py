@@ -34,8 +34,9 @@ from vbert.errors import ConfigError
 from vbert.formats.transformers_folder import read_backbone
 from vbert.model import Model, SequenceInput
 from vbert.ngram.counting import NgramCounts, head
-from vbert.ngram.index import Keys, build_index, look_up, ngram_keys
+from vbert.ngram.index import Keys, Located, build_index, ngram_keys
 from vbert.ngram.table import NgramTable
+from vbert.skip import SLOTS
 from vbert.tables import build_table, count_texts
 from vbert.tokenizer import Tokenizer
 
@@ -98,16 +99,20 @@ def _keys(args: argparse.Namespace) -> list[dict[str, Any]]:
         ids, cu_seqlens = _many(_tokens(args, name, tokenizer))
         for depth in (3, 1):
             asked = partial(_look_up, ids, cu_seqlens, index, depth)
-            found, timing = asked(), interleave({"": asked}, rounds=args.rounds)[""]
+            found, timing = asked().kept, interleave({"": asked}, rounds=args.rounds)[""]
             shares = {kept: round(float((found == kept).mean()), 4) for kept in (3, 2, 1, 0)}
             rows.append({"what": "keys", "set": name, "depth": depth, "entries": len(keys), "found": shares})
             rows[-1] |= _rate(timing, len(ids))
     return rows
 
 
-def _look_up(ids: Ids, cu_seqlens: Ids, index: Keys, depth: int) -> NDArray[np.uint8]:
-    """[T] of how many tokens the n-gram found for each is."""
-    return look_up(ngram_keys(ids, cu_seqlens), index, depth)[1]
+def _look_up(ids: Ids, cu_seqlens: Ids, index: Keys, depth: int) -> Located:
+    """As a server does it: the longest n-grams first, in one pass for each length."""
+    located = Located.unknown(ngram_keys(ids, cu_seqlens), cu_seqlens)
+    asking = np.ones(len(cu_seqlens) - 1, np.bool_)
+    for length in range(SLOTS, depth - 1, -1):
+        located.fill(asking, length, 0, index)
+    return located
 
 
 def _rate(timing: Timing, keys: int) -> dict[str, Any]:
@@ -153,9 +158,7 @@ def _batch(args: argparse.Namespace, item: str) -> dict[str, Any]:
         counts.add(np.concatenate([np.array(text, np.int64) for text in texts]), lengths)
         build_table(Path(scratch) / "table", model.local, counts, min_count=1)
         table = NgramTable(Path(scratch) / "table", backbone.skip.fingerprint)
-        store = NgramStore(
-            backbone.skip.config, model.config.hidden_size, tables={"": [table]}, cache_bytes=0, costs=_FREE
-        )
+        store = NgramStore(backbone.skip, model.config.hidden_size, tables={"": [table]}, cache_bytes=0, costs=_FREE)
         stores = LowerStores(None, store)
         types = [0] * LENGTH
         skipping = [SequenceInput(text, types, paths=("exact",)) for text in texts]

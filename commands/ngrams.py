@@ -73,11 +73,16 @@ def _build(args: argparse.Namespace) -> None:
         raise Wrong(f"{args.backbone} has no local layers; give the folder of a skip backbone, see `vbert distill`")
     tokenizer = Tokenizer.load(backbone.folder, backbone.config)
     counts, num_texts = NgramCounts(args.max_keys), 0
+    sizes = [path.stat().st_size if (path := Path(file)).is_file() else 0 for file in args.texts]
     with progress_bar() as progress:
-        for done, file in enumerate(args.texts):
-            progress(f"counting: {Path(file).name}", done, len(args.texts))
-            num_texts += count_texts(read_texts(file), tokenizer, counts)
-        progress("counting: done", len(args.texts), len(args.texts))
+        for i, file in enumerate(args.texts):
+
+            def told(num_bytes: int, i: int = i, name: str = Path(file).name) -> None:
+                progress(f"counting: {name}, kB", (sum(sizes[:i]) + num_bytes) // 1000, sum(sizes) // 1000)
+
+            told(0)
+            num_texts += count_texts(read_texts(file, told), tokenizer, counts)
+        progress("counting: done, kB", sum(sizes) // 1000, sum(sizes) // 1000)
         if not num_texts:
             raise Wrong(f"{', '.join(args.texts)}: no text at all; give files that have some")
         device = resolve_device(args.device)

@@ -182,7 +182,12 @@ class Core:
         if ngrams is None or local is None:
             return
         learner = NgramLearner(
-            ngrams=ngrams, local=local, device=self.parts.device, compute=self.lanes.compute, idle=self._idle
+            ngrams=ngrams,
+            local=local,
+            device=self.parts.device,
+            compute=self.lanes.compute,
+            idle=self._idle,
+            clock=self._clock,
         )
         await learner.run()
 

@@ -59,7 +59,7 @@ class LowerStores:
             skipped = None if routed is None or ngrams is None else ngrams.skip(routed, given, pin=pin)
         for i in given:
             paths[i] = "stored"
-        return Routes(found, skipped, paths, () if routed is None else routed.missed)
+        return Routes(found, skipped, paths, () if routed is None else routed.missed(given))
 
     def ways(self, routes: Routes, count: int) -> Ways:
         """For a batch of `count` sequences, of whose routes something is changed."""

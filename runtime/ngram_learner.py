@@ -1,4 +1,5 @@
-"""N-grams that texts did without are computed after their answers, while nothing else is, for texts to come."""
+"""N-grams that texts did without are computed after their answers, for texts to come: while nothing else is computed,
+and for a small share of the time where something always is."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
+from runtime.clock import Clock
 from runtime.ngram_store import NgramStore
 from runtime.streams import Device
 from vbert.local_layers import LocalLayers
@@ -16,6 +18,7 @@ __all__ = ["NgramLearner"]
 
 _PIECE = 8  # n-grams at a time: a request that comes meanwhile waits for so many, some milliseconds
 _LOOK_S = 0.05
+_SHARE = 0.01  # of the time, while texts keep coming
 _log = logging.getLogger(__name__)
 
 
@@ -28,23 +31,26 @@ class NgramLearner:
     device: Device
     compute: Executor
     idle: Callable[[], bool]
+    clock: Clock
 
     async def run(self) -> None:
         """Until cancelled."""
-        was_idle = False
+        was_idle, next_s = False, self.clock.now_s()
         while True:
             await asyncio.sleep(_LOOK_S)
             was_idle, before = self.idle(), was_idle
-            if was_idle and before:  # since the last look, probably: who sends one text after another is not waited for
-                await asyncio.get_running_loop().run_in_executor(self.compute, self._learn)
+            # idle twice: since the last look, probably; between two texts of who sends one after another it is not
+            if self.ngrams.wants_some and ((was_idle and before) or self.clock.now_s() >= next_s):
+                took_s = await asyncio.get_running_loop().run_in_executor(self.compute, self._learn)
+                next_s = self.clock.now_s() + took_s / _SHARE
 
-    def _learn(self) -> None:
-        """On the compute thread."""
-        if not len(keys := self.ngrams.wanted(_PIECE)):
-            return
+    def _learn(self) -> float:
+        """Seconds it took. On the compute thread."""
+        began_s, keys = self.clock.now_s(), self.ngrams.wanted(_PIECE)
         try:
             with self.device.compute.current():
                 rows = self.local.encode(keys).to("cpu")  # waits for a GPU
             self.ngrams.keep(keys, rows)
         except Exception:
             _log.exception("%d n-grams that texts did without could not be computed", len(keys))
+        return self.clock.now_s() - began_s

@@ -9,8 +9,11 @@ never from the others of its batch:
   where each token has something, and not too much is shortened;
 - *compute*: as exact, and nothing is looked up; *plain*: all lower layers, as without a skip part.
 
+Rows that other local layers made (adapted to a domain) are not what `exact` would compute: texts that may take it do
+not see them, those that can only back off do.
+
 What backoff did without, or plain was chosen for, and is missing a second time, is wanted: it is computed beside a
-large batch, or when nothing else is (runtime/ngram_learner.py), and kept for later texts.
+large batch, when nothing else is, or now and then (runtime/ngram_learner.py), and kept for later texts.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from vbert.ngram.cache import NgramCache
 from vbert.ngram.index import Keys, Located, Rows, shortened
 from vbert.ngram.table import NgramTable
 from vbert.packing import SequenceInput
-from vbert.skip import SLOTS, SkipConfig
+from vbert.skip import SLOTS, Skip
 
 __all__ = ["NgramCounters", "NgramStore", "PathCosts", "Routed", "Skipped"]
 
@@ -92,16 +95,24 @@ class Skipped:
 @dataclass(frozen=True, slots=True)
 class Routed:
     """paths: [B], what each sequence takes: one of its own. The rest is about candidates, those that may skip: which
-    they are, whether each shares the cache, their types, and where the n-grams around their tokens are. missed:
-    n-grams that would have been of use, and may go to the cache."""
+    they are, whether each shares the cache, whether it would have had use for the n-grams that are not there, their
+    types, and where the n-grams around their tokens are."""
 
     paths: list[str]
     candidates: list[int]
     shares: list[bool]
+    misses: list[bool]
     type_ids: list[Sequence[int]]
     sources: Sequence[_Source]
     located: Located
-    missed: list[Keys]
+
+    def missed(self, leave_out: Sequence[int] = ()) -> list[Keys]:
+        """N-grams that would have been of use to the candidates but for those left out, and may go to the cache."""
+        begins, out = self.located.cu_seqlens, set(leave_out)
+        mine = [
+            slice(begins[n], begins[n + 1]) for n, i in enumerate(self.candidates) if self.misses[n] and i not in out
+        ]
+        return [self.located.keys[here][self.located.kept[here] < SLOTS] for here in mine]
 
 
 class NgramStore:
@@ -109,7 +120,7 @@ class NgramStore:
 
     def __init__(
         self,
-        config: SkipConfig,
+        skip: Skip,
         width: int,
         *,
         tables: Mapping[str, Sequence[NgramTable]],
@@ -120,10 +131,11 @@ class NgramStore:
         """tables: by domain, those asked first at the front; the domain "" holds what is asked for all. most_shortened:
         part of a text's n-grams that `auto` may replace by shorter ones. Raises ConfigError for a cache that holds
         nothing."""
-        self.config, self._width, self._most_shortened = config, width, most_shortened
+        self.config, self._width, self._most_shortened = skip.config, width, most_shortened
         self._exact_pays = lru_cache(maxsize=1 << 14)(costs.exact_pays)  # texts of so many tokens come again
         self._cache = NgramCache(cache_bytes, width) if cache_bytes else None
         self.tables = [table for every in tables.values() for table in every]
+        self._foreign = {id(table) for table in self.tables if table.encoder != skip.fingerprint}
         last: list[_Source] = list(tables.get("", ()))
         self._tables = {domain: [*own, *last] for domain, own in tables.items() if domain} | {"": last}
         self._wanted: dict[int, None] = {}  # the longest first
@@ -145,10 +157,10 @@ class NgramStore:
             paths=["plain"] * len(sequences),
             candidates=candidates,
             shares=[sequences[i].scope == b"" for i in candidates],
+            misses=[False] * len(candidates),
             type_ids=[sequences[i].type_ids for i in candidates],
             sources=self._all_sources(sequences, candidates),
             located=located,
-            missed=[],
         )
         paths = [sequences[i].paths for i in candidates]
         self._look_up(routed, sequences, [("exact" in each) | ("backoff" in each) for each in paths], SLOTS)
@@ -166,14 +178,14 @@ class NgramStore:
             if shortens and path != "backoff":  # shorter n-grams are of no use to it
                 in_part = located.kept[here] < SLOTS
                 located.kept[here][in_part], located.source[here][in_part] = 0, -1
-            if path == "plain" and self._cache is not None and routed.shares[n] and "exact" in paths[n]:
-                # exact would have been possible, and is cheaper once its n-grams are there
-                routed.missed.append(located.keys[here][located.kept[here] < SLOTS])
+            if self._cache is not None and routed.shares[n]:
+                # exact is cheaper than plain where it is possible, once its n-grams are there
+                routed.misses[n] = path == "backoff" or (path == "plain" and "exact" in paths[n])
         return routed
 
     def skip(self, routed: Routed, leave_out: Sequence[int] = (), *, pin: bool = False) -> Skipped | None:
         """What enters for the candidates that do not go the plain way, but for those left out; None: there are none.
-        pin: rows for a copy to a GPU. What `backoff` does without is added to `routed.missed`."""
+        pin: rows for a copy to a GPU."""
         out, located = set(leave_out), routed.located
         chosen = [n for n, i in enumerate(routed.candidates) if routed.paths[i] != "plain" and i not in out]
         if not chosen:
@@ -208,8 +220,6 @@ class NgramStore:
         if self._cache is not None:
             stores = shares & np.repeat([path == "exact" for path in paths], lengths)
             may_keep[which[stores & to_compute]] = True
-            if any(share and path == "backoff" for share, path in zip(shared, paths, strict=True)):
-                routed.missed.append(keys[shares & ~computes & (kept < SLOTS)])
             if len(beside := self.wanted(len(tokens) // _TOKENS_PER_WANTED)):
                 beside = np.setdiff1d(beside, missing)
                 missing = np.concatenate([missing, beside])
@@ -244,6 +254,10 @@ class NgramStore:
             while len(self._wanted) > _MOST_WANTED:
                 del self._wanted[next(iter(self._wanted))]
 
+    @property
+    def wants_some(self) -> bool:
+        return bool(self._wanted)
+
     def wanted(self, count: int) -> Keys:
         """At most so many n-grams that it would be good to have, each given out once."""
         with self.lock:
@@ -276,9 +290,10 @@ class NgramStore:
             found |= {id(source): source for source in self._sources_of(*ask)}
         return list(found.values())
 
-    def _sources_of(self, domain: str, shares: bool) -> list[_Source]:
+    def _sources_of(self, domain: str, shares: bool, only_backs_off: bool) -> list[_Source]:
         cache = [] if self._cache is None or not shares else [self._cache]
-        return [*self._tables.get(domain, self._tables[""]), *cache]
+        tables = self._tables.get(domain, self._tables[""])
+        return [*(table for table in tables if only_backs_off or id(table) not in self._foreign), *cache]
 
     def _look_up(self, routed: Routed, sequences: Sequence[SequenceInput], asks: Sequence[bool], length: int) -> None:
         """n-grams of so many tokens, for those of the candidates that ask, where nothing was found yet."""
@@ -313,6 +328,6 @@ class NgramStore:
         self.counters.computed += computed
 
 
-def _asking(sequence: SequenceInput) -> tuple[str, bool]:
-    """Whose tables are asked, and whether the cache is."""
-    return sequence.domain, sequence.scope == b""
+def _asking(sequence: SequenceInput) -> tuple[str, bool, bool]:
+    """Whose tables are asked, whether the cache is, and whether rows that other local layers made will do."""
+    return sequence.domain, sequence.scope == b"", "backoff" in sequence.paths and "exact" not in sequence.paths

@@ -79,15 +79,16 @@ def _ngram_store(config: EngineConfig, backbone: Backbone, model: Model, cost: C
         if table.width != width:
             raise ConfigError(f"{table.path} has rows of {table.width} numbers, the backbone of {width}")
     for table in tables.get("", ()):
-        if (made_by := table.about.get("encoder", skip.fingerprint)) != skip.fingerprint:
+        if table.encoder != skip.fingerprint:
             raise ConfigError(
-                f"{table.path} was built with local layers adapted to a domain ({made_by[:23]}); give it as DOMAIN=FILE"
+                f"{table.path} was built with other local layers than these ({table.encoder[:23]}), adapted to a "
+                "domain; give it as DOMAIN=FILE, for tenants of the domain that only back off"
             )
     warm_up_ngrams()
     costs = _costs(skip.config, model.config.num_layers, cost)
     try:
         return NgramStore(
-            skip.config,
+            skip,
             width,
             tables=tables,
             cache_bytes=config.ngram_cache_bytes,

@@ -1,6 +1,8 @@
 """Slots of different sizes in one buffer: they never overlap, and memory that became free serves any size again."""
 
 import hashlib
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from vbert.arena import Arena
 from vbert.checkpoint import write_tenant
 from vbert.formats.transformers_folder import read_backbone
 from vbert.header import parse_header
-from vbert.memory import AddressSpace, Slabs
+from vbert.memory import AddressSpace, Slabs, mapped
 from vbert.selftest import check_outputs
 from vbert.tenant import SelfTest
 
@@ -183,3 +185,17 @@ def test_the_head_moves_with_its_tenant(backbone, tmp_path, kinds):
     moved = tenant.moved(tenant.reservation, torch.device("meta"))
     assert {layer.weight.device.type for layer in moved.head.layers} == {"meta"}
     assert {layer.weight.device.type for layer in tenant.head.layers} == {"cpu"}
+
+
+def test_a_file_may_be_larger_than_the_memory(tmp_path):
+    told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    size = 2 * sum(int(told[name].split()[0]) * 1024 for name in ("MemTotal", "SwapTotal"))
+    path = tmp_path / "large"
+    path.touch()
+    os.truncate(path, size)
+    with path.open("rb") as file, mapped(file) as memory:
+        assert len(memory) == size
+        assert memory[size - 1] == 0
+    os.truncate(path, 0)
+    with path.open("rb") as file, pytest.raises(ValueError, match="empty"):
+        mapped(file)

@@ -36,6 +36,9 @@ class DistillConfig:
     targets: tuple[int, ...] = setting(
         (), "states of the teacher, 0 the embeddings, that the student's are to be like; none: of its layers", of=int
     )
+    attention_targets: tuple[int, ...] = setting(
+        (), "layers of the teacher, from 0, that the upper ones are to attend like; none: below their states", of=int
+    )
     upper_layers: str = setting(
         "frozen", "frozen: they stay the teacher's, with a plain way to them; or trained", choices=("frozen", "trained")
     )
@@ -94,9 +97,29 @@ class DistillConfig:
             kind=self.kind, skipped=self.skipped, lower=self.lower, upper=upper, sinks=self.sinks, window=self.window
         )
 
-    def teacher_states(self, shape: SkipShape) -> tuple[int, ...]:
-        """Which state of the teacher each state of the student is to be like. Raises ConfigError."""
+    def teacher_states(self, shape: SkipShape, num_layers: int) -> tuple[int, ...]:
+        """Which state of the teacher, with so many layers, each state of the student is to be like. Raises
+        ConfigError."""
         states = self.targets or (self.skipped, *(layer + 1 for layer in shape.upper))
-        if len(states) != len(shape.upper) + 1 or list(states) != sorted(set(states)):
-            raise ConfigError(f"targets are {states}; give {len(shape.upper) + 1} ascending ones: merge, upper layers")
+        if len(states) != len(shape.upper) + 1 or not _ascend(states, num_layers):
+            raise ConfigError(
+                f"targets are {states}; give {len(shape.upper) + 1} ascending ones up to {num_layers}: merge, upper "
+                "layers",
+                param="targets",
+            )
         return states
+
+    def teacher_attentions(self, shape: SkipShape, num_layers: int) -> tuple[int, ...]:
+        """Which layer of the teacher, from 0, each upper layer is to attend like. Raises ConfigError."""
+        layers = self.attention_targets or tuple(state - 1 for state in self.teacher_states(shape, num_layers)[1:])
+        if len(layers) != len(shape.upper) or not _ascend(layers, num_layers - 1):
+            raise ConfigError(
+                f"attention_targets are {layers}; give {len(shape.upper)} ascending ones up to {num_layers - 1}",
+                param="attention_targets",
+            )
+        return layers
+
+
+def _ascend(numbers: tuple[int, ...], most: int) -> bool:
+    """Whether they do, from 0 or more to at most that."""
+    return list(numbers) == sorted(set(numbers)) and min(numbers, default=0) >= 0 and max(numbers, default=0) <= most

@@ -21,9 +21,13 @@ class DistilLoss(nn.Module):
     variance, averaged over the states; of the mean state of a text; if wanted, of attention scores before the softmax.
     """
 
-    def __init__(self, config: DistillConfig, teacher: Teacher, states: tuple[int, ...]) -> None:
+    def __init__(
+        self, config: DistillConfig, teacher: Teacher, states: tuple[int, ...], attentions: tuple[int, ...]
+    ) -> None:
+        """states, attentions: of the teacher, see DistillConfig."""
         super().__init__()
         self._teacher = [teacher]  # a list: no part of the state dict
+        self._attentions = attentions
         self._states, self._pooled, self._attention = states, config.pooled_loss, config.attention_loss
 
     def forward(self, student: SkipStudent, batch: Batch, kept: Tensor | None) -> dict[str, Tensor]:
@@ -41,12 +45,12 @@ class DistilLoss(nn.Module):
         if self._attention:
             scores = []
             pairs = mask[:, None, :, None] & mask[:, None, None, :]
-            for layer, own, i in zip(student.upper, learnt, self._states[1:], strict=False):
-                above = teacher.layers[i - 1]
+            for layer, own, i in zip(student.upper, learnt, self._attentions, strict=False):
+                above = teacher.layers[i]
                 assert isinstance(layer, FullLayer)
                 assert isinstance(above, FullLayer)
                 with torch.no_grad():
-                    wanted = above.scores(taught[i - 1]).float()
+                    wanted = above.scores(taught[i]).float()
                 far = (layer.scores(own).float() - wanted).pow(2) * pairs
                 scores.append(far.sum() / (pairs.sum() * wanted.shape[1]) / wanted[pairs.expand_as(wanted)].var())
             parts["attention"] = self._attention * torch.stack(scores).mean()

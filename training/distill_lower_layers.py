@@ -121,7 +121,8 @@ def _check(config: DistillConfig, backbone: Backbone, folder: Path) -> None:
     if config.objective == "distil":
         if backbone.skip is not None:
             raise ConfigError(f"{backbone.folder} is a skip backbone already; distil the plain one", param="backbone")
-        config.teacher_states(config.shape(backbone.config.num_layers))
+        layers = backbone.config.num_layers
+        config.teacher_attentions(config.shape(layers), layers)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -153,11 +154,13 @@ def _student(
             parameter.requires_grad_(name.startswith(("layers", "gate", "emb_norm", "position_embeddings")))
         return student, MaskedLoss(config, backbone, tokenizer).to(device)
     teacher = Teacher(backbone).to(device).eval()
-    shape = config.shape(backbone.config.num_layers)
+    layers = backbone.config.num_layers
+    shape = config.shape(layers)
     sinks = _sinks(teacher, measured, max(1, config.lower), config.sinks, device)
     student = SkipStudent(backbone, shape, sinks).to(device)
     student.upper.requires_grad_(config.upper_layers == "trained")
-    return student, DistilLoss(config, teacher, config.teacher_states(shape))
+    states, attentions = config.teacher_states(shape, layers), config.teacher_attentions(shape, layers)
+    return student, DistilLoss(config, teacher, states, attentions)
 
 
 @torch.no_grad()

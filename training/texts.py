@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import IO, BinaryIO
 
 import numpy as np
 import torch
@@ -23,19 +25,26 @@ _AT_ONCE = 4096  # texts tokenised in one call
 _POOL_BATCHES = 32  # batches that are drawn together and then cut by length
 
 
-def read_texts(path: Path | str) -> Iterator[Input]:
+def read_texts(path: Path | str, told: Callable[[int], None] = lambda num_bytes: None) -> Iterator[Input]:
     """Each line of FILE.txt[.gz], or the text of each object of FILE.jsonl[.gz]: "text", a pair with "text_b", or
-    "tokens". Raises BadRequest naming the file, and the line where it is one."""
+    "tokens". told: now and then, how many bytes of the file were read. Raises BadRequest naming the file, and the line
+    where it is one."""
     path = Path(path)
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        with path.open("rb") as raw, _as_text(raw, path) as file:
             for number, line in enumerate(file, 1):
+                if number % _AT_ONCE == 0:
+                    told(raw.tell())
                 if line.strip():
                     yield line.strip() if ".jsonl" not in path.name else _text_of(line, f"{path} line {number}")
     except FileNotFoundError:
         raise BadRequest(f"{path} does not exist; give a .txt or .jsonl file, or one of these with .gz") from None
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise BadRequest(f"{path} cannot be read ({error}); save it again as UTF-8") from None
+
+
+def _as_text(raw: BinaryIO, path: Path) -> IO[str]:
+    return gzip.open(raw, "rt", encoding="utf-8") if path.suffix == ".gz" else io.TextIOWrapper(raw, encoding="utf-8")
 
 
 def _text_of(line: str, where: str) -> Input:

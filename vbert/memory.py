@@ -12,12 +12,12 @@ import heapq
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["AddressSpace", "Memory", "Parts", "Region", "Slabs"]
+__all__ = ["AddressSpace", "Memory", "Parts", "Region", "Slabs", "mapped"]
 
 Parts = Sequence[tuple[int, torch.dtype]]  # width in numbers and dtype of each array of a slot
 
@@ -26,6 +26,17 @@ _NORESERVE = 0x4000  # MAP_NORESERVE on Linux; the mmap module names it from Pyt
 _ALIGN = 256  # bytes: a part of a slot begins where any vector load may
 _SLOTS_IN_RUN = 8  # as many at once: a run wastes up to one slot
 _SLAB_BYTES = 256 * 1024
+
+
+def mapped(file: BinaryIO) -> mmap.mmap:
+    """A whole file as memory, of which only what is touched takes room, so it may be larger than the machine's. Private
+    and writable, since torch wants that; nothing that writes here reaches the file. Raises ValueError for an empty
+    file, OSError naming it."""
+    try:
+        flags = mmap.MAP_PRIVATE | _NORESERVE
+        return mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be mapped: {error.strerror}", file.name) from error
 
 
 class Region(Protocol):

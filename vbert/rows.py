@@ -20,6 +20,7 @@ from torch import Tensor
 from vbert.batch import PackedRows
 from vbert.errors import CorruptFile, WrongBackbone
 from vbert.kernels.gather_rows import gather_rows
+from vbert.memory import mapped
 
 __all__ = ["MappedRows", "RowSource", "publish_rows"]
 
@@ -53,8 +54,7 @@ class MappedRows:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             try:
-                # private: torch wants writable memory, and nothing that writes here would reach the file
-                memory = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+                memory = mapped(file)
             except ValueError as error:  # an empty file
                 raise CorruptFile(f"the row table {path} is empty; delete it and start again") from error
         shape, self.dtype, begin = _parse_header(memory, size, fingerprint, Path(path))

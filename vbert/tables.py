@@ -87,8 +87,7 @@ def merge_tables(
                 f"{other.path} was made by backbone {other.fingerprint[:23]}, {first.path} by "
                 f"{first.fingerprint[:23]}; merge tables of one backbone"
             )
-        ours, theirs = (table.about.get("encoder", table.fingerprint) for table in (first, other))
-        if ours != theirs:
+        if (ours := first.encoder) != (theirs := other.encoder):
             raise ConfigError(
                 f"the rows of {other.path} were encoded by {theirs[:23]}, those of {first.path} by {ours[:23]}: local "
                 "layers adapted to a domain; serve them as tables of their own, DOMAIN=FILE"

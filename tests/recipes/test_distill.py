@@ -133,6 +133,13 @@ def test_a_few_texts_are_enough(config, tmp_path):
         distill.run(replace(config, texts=(str(tmp_path / "one.txt"),), out=str(tmp_path / "y")))
 
 
+def test_attention_is_compared_with_the_layers_that_are_named(config):
+    def before(**settings):
+        return distill.run(replace(config, tokens=200, attention_loss=1.0, **settings)).before["attention"]
+
+    assert before() == before(attention_targets=(2, 3)) != before(attention_targets=(1, 3))
+
+
 class _Cut(Exception):
     pass
 
@@ -214,6 +221,10 @@ def test_what_was_written_computes_what_was_trained(config):
         ({"lower": 5}, "lower is 5"),
         ({"max_length": 1000}, "max_length is 1000"),
         ({"targets": (2, 3)}, "targets are"),
+        ({"targets": (2, 3, 5)}, "up to 4"),
+        ({"attention_targets": (2,)}, "attention_targets are"),
+        ({"attention_targets": (2, 4)}, "up to 3"),
+        ({"attention_targets": (-1, 2)}, "up to 3"),
         ({"objective": "mlm"}, "no local layers"),
         ({"texts": ()}, "nothing to learn"),
         ({"out": ""}, "out is not set"),
@@ -282,4 +293,12 @@ def test_recipes_are_of_the_shape_they_are_named_after(path):
     shape = config.shape({"minilm-l6": 6, "e5-12l": 12}[name])
     kind = "" if shape.kind == "trigram" else shape.kind
     assert f"{shape.lower}{kind}+{len(shape.upper)}" == layers
-    assert config.teacher_states(shape)[-1] == {"minilm-l6": 6, "e5-12l": 12}[name]
+    num_layers = {"minilm-l6": 6, "e5-12l": 12}[name]
+    states, attentions = config.teacher_states(shape, num_layers), config.teacher_attentions(shape, num_layers)
+    assert states[-1] == num_layers
+    published = {  # of SkipBERT's release
+        "6+6": ((6, 7, 8, 9, 10, 11, 12), (1, 3, 5, 7, 9, 11)),
+        "6+4": ((4, 6, 8, 10, 12), (2, 5, 8, 11)),
+        "6+2": (states, (4, 9)),
+    }
+    assert (states, attentions) == published.get(layers, (states, tuple(state - 1 for state in states[1:])))

@@ -43,7 +43,7 @@ class World:
         ids = [np.array(e.token_ids) for e in self.tokenizer.encode(texts, offsets=False)]
         return ngram_keys(np.concatenate(ids), np.concatenate([[0], np.cumsum([len(i) for i in ids])]))
 
-    def table(self, keys, name="t.ngrams", noise=0.0):
+    def table(self, keys, name="t.ngrams", noise=0.0, dtype=torch.float16, **about):
         keys = np.unique(keys)
         with TableWriter(
             self.folder / name,
@@ -51,6 +51,8 @@ class World:
             keys=keys,
             counts=np.ones(len(keys), np.int64),
             width=self.backbone.config.hidden_size,
+            dtype=dtype,
+            about=about,
         ) as writer:
             rows = self.model.local.encode(keys)
             writer.add(rows + noise * torch.randn(rows.shape, generator=torch.Generator().manual_seed(0)))

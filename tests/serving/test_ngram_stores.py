@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from runtime import core
+from runtime.ngram_learner import NgramLearner
 from runtime.ngram_store import NgramStore, PathCosts
 from runtime.paths import table_files
+from runtime.streams import CpuDevice
 from tests.serving.helpers import add, until
 from tests.serving.skip_world import World
 from tests.tiny import TEXTS
@@ -60,6 +62,38 @@ async def test_a_domain_is_asked_first(world, on_skip):
         wanted = world.expected(module, TEXTS[1], "exact")
         np.testing.assert_allclose(shop.probabilities[0], wanted, **CLOSE)
         assert abs(bank.probabilities[0] - wanted).max() > 0.01
+
+
+async def test_rows_of_layers_adapted_to_a_domain_are_never_exact(world, on_skip):
+    """What may be exact gets what `compute` gives; what can only back off gets the domain's rows."""
+    keys = world.keys([TEXTS[1]])
+    adapted = world.table(keys, "finance", noise=0.5, encoder="sha256:adapted")
+    module, only = world.tenant(1, "exact", "backoff"), world.tenant(1, "backoff")
+    async with on_skip(ngrams=(f"finance={adapted}",), ngram_domains=("bank=finance", "only=finance")) as engine:
+        await add(engine, "bank", module)
+        await add(engine, "only", only)
+        bank, backs_off = await asyncio.gather(*(engine.classify(n, [TEXTS[1]]) for n in ("bank", "only")))
+        wanted = world.expected(module, TEXTS[1], "exact")
+        assert bank.paths == ("exact",)
+        np.testing.assert_allclose(bank.probabilities[0], wanted, **CLOSE)
+        assert backs_off.paths == ("backoff",)
+        assert abs(backs_off.probabilities[0] - wanted).max() > 0.01
+        assert engine.snapshot().ngrams["trigrams"] == len(keys)  # those of one tenant
+
+
+async def test_rows_of_one_byte_a_number_are_served(world, on_skip):
+    module, table = world.tenant(1, "exact"), world.table(world.keys([TEXTS[1]]), dtype=torch.int8)
+    async with on_skip(ngrams=(table,)) as engine:
+        await add(engine, "t", module)
+        await engine.classify("t", [TEXTS[1]])  # self-tests compute their n-grams
+        before = engine.snapshot().ngrams
+        answer = await engine.classify("t", [TEXTS[1]])
+        after = engine.snapshot().ngrams
+        np.testing.assert_allclose(
+            answer.probabilities[0], world.expected(module, TEXTS[1], "exact"), rtol=0, atol=0.01
+        )
+        assert after["computed"] == before["computed"]
+        assert after["trigrams"] == before["trigrams"] + len(world.keys([TEXTS[1]]))
 
 
 @pytest.mark.parametrize("free", [0, 1000, 2**40])
@@ -210,6 +244,65 @@ async def test_what_plain_was_chosen_for_is_learnt_too(world, on_skip, monkeypat
         assert engine.snapshot().ngrams["inserted"] == distinct
 
 
+async def test_texts_that_never_end_are_learnt_from_as_well(world, on_skip, monkeypatch):
+    """A server with something to do at any time would otherwise go on without what it was missing."""
+    monkeypatch.setattr("runtime.core.Core._idle", lambda self: False)
+    monkeypatch.setattr(PathCosts, "exact_pays", lambda self, tokens, missing: not missing)
+    paths = ("plain", "exact") if "plain" in world.paths else ("exact", "backoff")
+    module, table = world.tenant(1, *paths), world.table(shortened(world.keys(TEXTS), 1))
+    async with on_skip(ngrams=(table,), ngram_cache_bytes=2**20, max_backoff=1.0) as engine:
+        await add(engine, "t", module)
+        async with asyncio.timeout(30):
+            while (await engine.classify("t", [TEXTS[1]])).paths != ("exact",):
+                pass
+
+
+async def test_learning_takes_a_hundredth_of_the_time_of_a_busy_server(world, monkeypatch):
+    class Now:
+        seconds = 0.0
+
+        def now_s(self):
+            return self.seconds
+
+    class Dear:
+        def encode(self, keys):
+            now.seconds += 0.02
+            computed.append(now.seconds)
+            return torch.zeros(len(keys), 3, world.backbone.config.hidden_size)
+
+    async def sleep(seconds, really=asyncio.sleep):
+        now.seconds += seconds
+        await really(0)
+        if now.seconds > 100:
+            raise asyncio.CancelledError
+
+    now, store, keys, computed = Now(), a_store(world), np.arange(1, 4001, dtype=np.uint64) << 21, []
+    for _ in range(2):
+        store.want([keys])
+    monkeypatch.setattr("runtime.ngram_learner.asyncio.sleep", sleep)
+    learner = NgramLearner(
+        ngrams=store, local=Dear(), device=CpuDevice(now), compute=None, idle=lambda: len(computed) >= 30, clock=now
+    )
+    with pytest.raises(asyncio.CancelledError):
+        await learner.run()
+    assert computed[29] == pytest.approx(30 * 0.02 / 0.01, rel=0.05)
+    assert not store.wants_some  # idle at last
+
+
+async def test_what_is_stored_whole_teaches_no_n_grams(world, on_skip, monkeypatch):
+    if "plain" not in world.paths:
+        return
+    monkeypatch.setattr("runtime.ngram_learner._LOOK_S", 1e9)
+    monkeypatch.setattr(PathCosts, "exact_pays", lambda self, tokens, missing: not missing)
+    async with on_skip(sequence_store_bytes=2**20, ngram_cache_bytes=2**20) as engine:
+        await add(engine, "t", world.tenant(1, "plain", "exact"))
+        assert (await engine.classify("t", [TEXTS[5]])).paths == ("plain",)
+        await until(lambda: engine.snapshot().sequences["inserted"] == 1)
+        for _ in range(3):
+            assert (await engine.classify("t", [TEXTS[5]])).paths == ("stored",)
+        assert not engine._core.parts.stores.ngrams.wants_some
+
+
 async def test_large_batches_learn_beside_their_own_work(world, on_skip, monkeypatch):
     monkeypatch.setattr("runtime.ngram_learner._LOOK_S", 1e9)  # never idle
     module = world.tenant(1, "exact", "backoff")
@@ -253,8 +346,8 @@ async def test_n_grams_that_cannot_be_computed_are_told_and_forgotten(world, on_
 def a_store(world, **settings):
     """With a cache, and no cost at all."""
     free = PathCosts(*[lambda count: 0.0] * 4)
-    config, width = world.backbone.skip.config, world.backbone.config.hidden_size
-    return NgramStore(config, width, tables={}, cache_bytes=2**20, **{"costs": free} | settings)
+    skip, width = world.backbone.skip, world.backbone.config.hidden_size
+    return NgramStore(skip, width, tables={}, cache_bytes=2**20, **{"costs": free} | settings)
 
 
 def test_only_so_many_are_wanted(world, monkeypatch):
@@ -287,6 +380,6 @@ def test_only_who_shares_teaches(world, paths):
         routed = store.route([SequenceInput(ids, [0] * len(ids), None, paths=paths, scope=scope)])
         assert routed.paths == [paths[0]]
         store.skip(routed)
-        return sum(len(keys) for keys in routed.missed)
+        return sum(len(keys) for keys in routed.missed()), routed.missed([0])
 
-    assert [missed(scope) for scope in (b"", b"its own", None)] == [len(ids), 0, 0]
+    assert [missed(scope) for scope in (b"", b"its own", None)] == [(len(ids), []), (0, []), (0, [])]

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from vbert.errors import ConfigError, CorruptFile, ShapeError, WrongBackbone
 from vbert.kernels.rows import as_rows, load, store
+from vbert.memory import mapped
 from vbert.ngram.index import Keys, Located, Rows, build_index, look_up
 from vbert.ngram.views import add_views
 
@@ -50,8 +51,7 @@ class NgramTable:
         with self.path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             try:
-                # private: torch wants writable memory, and nothing that writes here would reach the file
-                memory = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+                memory = mapped(file)
             except ValueError as error:  # an empty file
                 raise CorruptFile(f"the n-gram table {path} is empty; {_AGAIN}") from error
         memory.madvise(mmap.MADV_RANDOM)
@@ -71,6 +71,11 @@ class NgramTable:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def encoder(self) -> str:
+        """Fingerprint of the local layers that made the rows: the skip backbone's, or adapted to a domain."""
+        return str(self.about.get("encoder", self.fingerprint))
 
     @property
     def width(self) -> int:
