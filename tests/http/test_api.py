@@ -130,6 +130,21 @@ def test_classify(server, dense):
         assert row.num_classes == 3
 
 
+def test_classify_leaves_early_as_the_request_says(server):
+    factory = Factory(server.backbone, seed=31)
+    module = factory.with_exits(factory.tenant("lora", num_labels=2), 1, threshold=1.0)
+    assert server.ask("PUT", "/v1/tenants/acme.exits", data=write_tenant(module)).status_code == 201
+    answers_of = [
+        server.infer("classify", "acme.exits", input=TEXTS[0], **terms)
+        for terms in ({}, {"exit_threshold": 0.0}, {"exit_threshold": 1.0}, {"exit_threshold": 1.5})
+    ]
+    assert [answer.json().get("exits") for answer in answers_of] == [[None], [1], [None], None]
+    refused = answers_of[-1]
+    assert (refused.status_code, refused.json()["error"]["param"]) == (422, "exit_threshold")
+    rows = [answer.json()["data"][0]["probabilities"] for answer in answers_of[:3]]
+    assert rows[0] == rows[2] != rows[1]
+
+
 def test_multi_label_and_regression(server, dense):
     answer = answer_of(server.infer("classify", "topics", input=TEXTS[0]), answers.ClassifyAnswer, "topics")
     expected = 1 / (1 + np.exp(-dense("topics", TEXTS[0])))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from vbert.errors import ConfigError, CorruptFile, ShapeError, WrongBackbone
-from vbert.ngram.index import ngram_keys
+from vbert.ngram.index import Located, ngram_keys
 from vbert.ngram.table import NgramTable, TableWriter
 
 WIDTH = 12
@@ -52,6 +55,33 @@ def test_rows_come_back(tmp_path, keys, dtype, out_dtype):
     table.gather(found, out)
     near = {torch.float16: 2e-3, torch.int8: 2e-2}[dtype] + (2e-2 if out_dtype == torch.bfloat16 else 0)
     torch.testing.assert_close(out.float(), rows.flip(0), rtol=0, atol=near)
+
+
+def test_opening_reads_neither_index_nor_rows(tmp_path):
+    """However large a table is, a server that opens it has none of it in memory."""
+    keys = np.arange(1, 100_001, dtype=np.uint64) << np.uint64(21)
+    write(tmp_path / "t", keys, batch=10_000)
+    table = NgramTable(tmp_path / "t", "sha256:f")
+    parts = re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
+    (mine,) = [part for part in parts if str(table.path) in part]
+    resident = int(re.search(r"Rss:\s+(\d+) kB", mine)[1]) * 1024
+    assert 0 < resident < table.num_bytes / 20
+
+
+def test_others_run_while_keys_are_looked_up(tmp_path):
+    keys = np.arange(1, 100_001, dtype=np.uint64) << np.uint64(21)
+    write(tmp_path / "t", keys, batch=10_000)
+    table, many = NgramTable(tmp_path / "t", None), np.tile(keys, 100)
+    located = Located.unknown(many, np.array([0, len(many)]))
+    table.fill(Located.unknown(keys, np.array([0, len(keys)])), np.ones(1, np.bool_), 3, 0)  # compiled
+    turns = 0
+    with ThreadPoolExecutor(1) as thread:
+        found = thread.submit(table.fill, located, np.ones(1, np.bool_), 3, 0)
+        while not found.done():
+            turns += 1
+        found.result()
+    assert (located.kept == 3).all()
+    assert turns > 10_000  # held, the lock would pass once
 
 
 def test_an_index_without_a_free_place_ends_the_search(tmp_path, keys):

@@ -13,6 +13,7 @@ from runtime.exit_rules import ExitRules
 from tests.random_tenants import Factory
 from tests.serving.helpers import Dense, add, softmax
 from tests.tiny import TEXTS
+from tests.tolerances import assert_answer
 from vbert.errors import BadRequest, ConfigError, SelfTestFailed
 from vbert.reference import dense_forward
 from vbert.tenant import SelfTest
@@ -36,6 +37,16 @@ def probabilities(dense, module, exit_layer):
     encoded = dense.tokenizer.encode(TEXTS)
     raw = [dense_forward(dense.backbone, module, e.token_ids, e.type_ids, "plain", exit_layer) for e in encoded]
     return softmax(torch.stack(raw).numpy())
+
+
+async def test_leaving_early_in_bfloat16(serving, dense, leaving):
+    early, late = probabilities(dense, leaving, 1), probabilities(dense, leaving, 0)
+    async with serving(dtype="bfloat16") as engine:
+        await add(engine, "t", leaving)
+        answer = await engine.classify("t", TEXTS, exit_threshold=float(np.median(early.max(1))))
+    assert {*answer.exits} == {1, None}
+    wanted = np.where(np.array([exit_ == 1 for exit_ in answer.exits])[:, None], early, late)
+    assert_answer(torch.from_numpy(answer.probabilities), torch.from_numpy(wanted), torch.bfloat16)
 
 
 async def test_the_file_the_operator_and_the_request_say_how_sure(serving, dense, leaving):

@@ -14,6 +14,7 @@ from tests.random_tenants import Factory
 from tests.serving.helpers import add, softmax
 from tests.serving.skip_world import World
 from tests.tiny import TEXTS
+from tests.tolerances import assert_answer
 from training.export_skip import write_folder
 from vbert.errors import BadRequest, SelfTestFailed, WrongBackbone
 from vbert.formats.transformers_folder import read_backbone
@@ -54,6 +55,27 @@ async def test_paths_of_a_batch_do_not_mix(world, on_skip):
         for text, path, answer in zip(TEXTS, ways, answers, strict=False):
             wanted = world.expected(module, text, "exact" if path == "compute" else path)
             np.testing.assert_allclose(answer.probabilities[0], wanted, **CLOSE)
+
+
+async def test_each_path_in_bfloat16(world, on_skip):
+    """Whatever is stored or computed, in batches of one path and of all, next to float32 references."""
+    module, stores = world.tenant(0), {"ngrams": (world.table(world.keys(TEXTS[:4])),), "ngram_cache_bytes": 2**20}
+    if "plain" in world.paths:
+        stores["sequence_store_bytes"] = 2**20
+    wanted = {path: [world.expected(module, text, path) for text in TEXTS] for path in world.paths if path != "backoff"}
+    wanted |= {"compute": wanted["exact"]} | ({"stored": wanted["plain"]} if "plain" in wanted else {})
+    ways = [path for path in wanted if path != "stored"]
+    async with on_skip(dtype="bfloat16", **stores) as engine:
+        await add(engine, "t", module)
+        taken = set()
+        for _ in range(3):  # computed, kept, looked up
+            alone = [await engine.classify("t", list(TEXTS), path=path) for path in ways]
+            mixed = await asyncio.gather(*(engine.classify("t", list(TEXTS), path=path) for path in ways))
+            for answer in (*alone, *mixed):
+                for i, (path, got) in enumerate(zip(answer.paths, answer.probabilities, strict=True)):
+                    assert_answer(torch.from_numpy(got), torch.from_numpy(wanted[path][i]), torch.bfloat16)
+                taken |= {*answer.paths}
+    assert taken == {*wanted}
 
 
 async def test_two_backbones_in_one_process_serve_each_their_own_tenants(world, on_skip, serving, tmp_path):
