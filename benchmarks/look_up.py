@@ -3,7 +3,8 @@
 - *keys*: n-grams built from token ids and looked up among the --entries most frequent ones of --texts, on one core:
   whole ones only (depth 3) and with back-off to single tokens (depth 1), for the test texts of each set;
 - *batch*: for each skip backbone (`vbert distill`), 64 sequences of 32 tokens of the first set, all of whose n-grams
-  are in a table: what looking up, gathering, adding up and entering take, as a share of the whole batch.
+  are in a table: what looking up, gathering, adding up and entering take, as a share of the whole batch;
+- *miss*: what computing the rows of a few missing n-grams takes, next to one layer for one text of 16 tokens.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from vbert.errors import ConfigError
 from vbert.formats.transformers_folder import read_backbone
 from vbert.model import Model, SequenceInput
 from vbert.ngram.counting import NgramCounts, head
-from vbert.ngram.index import Keys, Located, build_index, ngram_keys
+from vbert.ngram.index import CODE_BITS, Keys, Located, build_index, ngram_keys
 from vbert.ngram.table import NgramTable
 from vbert.skip import SLOTS
 from vbert.tables import build_table, count_texts
@@ -43,6 +44,7 @@ from vbert.tokenizer import Tokenizer
 __all__ = ["main"]
 
 SEQUENCES, LENGTH = 64, 32
+SHORT, MISSING = 16, (1, 2, 4, 8)
 _AT_LEAST = 1_000_000  # keys in one timing
 
 Ids = NDArray[np.int64]
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows += _keys(args)
         for item in args.skip:
             bar.update(steps, advance=1, description=item)
-            rows.append(_batch(args, item))
+            rows += _batch(args, item)
     names = ("entries", "threads", "rounds")
     result = {
         "benchmark": "look_up",
@@ -143,7 +145,7 @@ def _many(texts: Sequence[Sequence[int]]) -> tuple[Ids, Ids]:
 # ---- a batch -------------------------------------------------------------------------------------------------------
 
 
-def _batch(args: argparse.Namespace, item: str) -> dict[str, Any]:
+def _batch(args: argparse.Namespace, item: str) -> list[dict[str, Any]]:
     name, _, folder = item.partition("=")
     backbone = read_backbone(folder or name)
     if not folder or backbone.skip is None:
@@ -183,7 +185,19 @@ def _batch(args: argparse.Namespace, item: str) -> dict[str, Any]:
         timings = interleave(systems, rounds=args.rounds)
     ms = {what: timing.row(1)["p50_ms"] for what, timing in timings.items()}
     row = {"what": "batch", "system": name, "ms": ms, "spread": timings["batch"].row(1)["spread"]}
-    return row | {"share": round((ms["look_up"] + ms["enter"]) / ms["batch"], 4)}
+    row["share"] = round((ms["look_up"] + ms["enter"]) / ms["batch"], 4)
+    return [row, {"what": "miss", "system": name, "ms": _misses(model, texts[0], args.rounds)}]
+
+
+def _misses(model: Model, text: Sequence[int], rounds: int) -> dict[str, float]:
+    local, types = model.local, [0] * SHORT
+    assert local is not None
+    batch = model.pack([SequenceInput(text[:SHORT], types)])
+    keys = np.arange(1, MISSING[-1] + 1, dtype=np.uint64) << np.uint64(CODE_BITS)  # single tokens
+    systems = {str(count): partial(local.encode, keys[:count]) for count in MISSING}
+    timings = interleave(systems | {"plain": lambda: model.forward(batch)}, rounds=rounds * 4)
+    ms = {what: timing.row(1)["p50_ms"] for what, timing in timings.items()}
+    return ms | {"layer": round(ms.pop("plain") / model.config.num_layers, 4)}
 
 
 def _free(count: int) -> float:

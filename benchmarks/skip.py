@@ -11,7 +11,7 @@ engine of its own, with the same texts in turns, by one client and by 64:
 DIR has SET/train.jsonl.gz and SET/test.jsonl.gz with a "text" in each line. Each FOLDER is a skip backbone (`vbert
 distill`), the first one with a plain way, FILE a table of it (`vbert ngrams build`); without them the sequence store is
 measured alone. --exits SET=FILE gives a classifier with early exits of that set (`vbert train --exits`), which is
-measured next to itself without them.
+measured next to itself without them. *plain again*: a second engine of the plain way, which tells how much is noise.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ class System:
 
 
 PLAIN = System(name="plain")
+AGAIN = System(name="plain again")  # how much is noise
 STORED = (
     System(name="sequence store", sequences=True, same_as="plain"),
     System(name="store on disk", sequences=True, on_disk=True, same_as="plain"),
@@ -109,7 +110,7 @@ EXITING = (
 
 def systems_of(args: argparse.Namespace, data: str) -> list[System]:
     """Those that a set of texts is sent to."""
-    every = [PLAIN, *STORED, *(SKIPPING if args.skip else ())]
+    every = [PLAIN, AGAIN, *STORED, *(SKIPPING if args.skip else ())]
     for name in list(args.skip)[1:]:
         for system in SKIPPING[:3]:
             same_as = system.same_as and f"{name}: {system.same_as}"

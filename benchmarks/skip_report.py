@@ -54,9 +54,20 @@ def _skip(result: Mapping[str, Any], markdown: Markdown) -> str:
             f"{speeds[way]:.2f}x" + (f" ({hits[way]:.2f})" if hits[way] else "") if way in speeds else "-"
             for way in ways
         ]
-        body.append([*case, by_way["plain"]["requests_per_s"], *cells])
+        body.append([*case, by_way["plain"]["requests_per_s"], f"{by_way['plain']['p50_ms']:.1f}", *cells])
     ways = [f"{way}, to plain" if way == "classifier" else way for way in ways]
-    return markdown(["set", "stream", "clients", "plain /s", *ways], body)
+    return markdown(["set", "stream", "clients", "plain /s", "ms", *ways], body) + "\n\n" + _memory(result["rows"])
+
+
+def _memory(rows: Sequence[Row]) -> str:
+    """What the stores of each way held in the end, and the process that has an engine for each."""
+    kept: dict[str, float] = {}
+    for row in rows:
+        kept[row["system"]] = max(kept.get(row["system"], 0.0), row["kept_mib"])
+    told = ", ".join(f"{way} {most:.1f}" for way, most in kept.items() if most)
+    anon, file = (max(row[name] for row in rows) for name in ("rss_anon_mib", "rss_file_mib"))
+    process = f"The process with all these engines: RssAnon {anon}, mapped files {file} MiB."
+    return f"MiB kept: {told or 'nothing'}. {process}"
 
 
 def _speed(row: Row, base: Row) -> float:
@@ -67,7 +78,7 @@ def _speed(row: Row, base: Row) -> float:
 
 def _look_up(result: Mapping[str, Any], where: Callable[[Mapping[str, Any]], str], markdown: Markdown) -> str:
     """Million keys a second, and the parts of a batch that skips."""
-    of = {what: [row for row in result["rows"] if row["what"] == what] for what in ("keys", "batch")}
+    of = {what: [row for row in result["rows"] if row["what"] == what] for what in ("keys", "batch", "miss")}
     keys = [
         [row["set"], row["depth"], *(f"{row['found'][kept]:.2f}" for kept in "3210"), row["mkeys_per_s"], row["spread"]]
         for row in of["keys"]
@@ -80,7 +91,9 @@ def _look_up(result: Mapping[str, Any], where: Callable[[Mapping[str, Any]], str
     header = ["set", "depth", "tri-grams", "bi-grams", "uni-grams", "nothing", "M keys/s", "spread"]
     parts = markdown(["backbone", "look-up ms", "enter ms", "batch ms", "plain ms", "share"], batches)
     entries = f"{of['keys'][0]['entries']:,} entries.\n\n" if of["keys"] else ""
-    return where(result) + entries + markdown(header, keys) + "\n\n" + parts
+    misses = [[row["system"], *(f"{each:.2f}" for each in row["ms"].values())] for row in of["miss"]]
+    told = "\n\n" + markdown(["backbone", *(f"{n} missing, ms" for n in (1, 2, 4, 8)), "a layer, ms"], misses)
+    return where(result) + entries + markdown(header, keys) + "\n\n" + parts + (told if misses else "")
 
 
 def _distillation(found: Iterable[Mapping[str, Any]], markdown: Markdown) -> str:
