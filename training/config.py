@@ -84,9 +84,13 @@ class TrainConfig:
     teacher_share: float = setting(0.5, "teacher: weight of its answers, that of the labels being 1 less this")
     temperature: float = setting(1.0, "teacher: its answers are softened by this", at_least=0.1)
     state_loss: float = setting(0.1, "teacher: weight of the distance to its hidden states", at_least=0)
-    state_epochs: int = setting(0, "teacher: first epochs that learn its hidden states only", at_least=0)
+    attention_loss: float = setting(0.0, "teacher: weight of the distance to its attention scores", at_least=0)
+    state_epochs: int = setting(0, "teacher: first epochs that learn its states, and attention, only", at_least=0)
     teacher_states: tuple[int, ...] = setting(
         (), "teacher: its states, 0 the embeddings, for each layer of the student; none: the same layers", of=int
+    )
+    teacher_attentions: tuple[int, ...] = setting(
+        (), "teacher: its layers, from 0, for the attention of each of the student; none: below teacher_states", of=int
     )
 
     epochs: int = setting(3, "passes over the training rows, for each of the paths", at_least=1)

@@ -13,7 +13,7 @@ from vbert.errors import ConfigError
 from vbert.formats.transformers_folder import Backbone
 from vbert.tokenizer import Tokenizer
 
-__all__ = ["DistilLoss", "MaskedLoss", "relative_error"]
+__all__ = ["DistilLoss", "MaskedLoss", "relative_error", "score_error"]
 
 
 class DistilLoss(nn.Module):
@@ -44,15 +44,13 @@ class DistilLoss(nn.Module):
             parts["pooled"] = self._pooled * relative_error(_mean(learnt[-1], mask), _mean(taught[last], mask)) / count
         if self._attention:
             scores = []
-            pairs = mask[:, None, :, None] & mask[:, None, None, :]
             for layer, own, i in zip(student.upper, learnt, self._attentions, strict=False):
                 above = teacher.layers[i]
                 assert isinstance(layer, FullLayer)
                 assert isinstance(above, FullLayer)
                 with torch.no_grad():
                     wanted = above.scores(taught[i]).float()
-                far = (layer.scores(own).float() - wanted).pow(2) * pairs
-                scores.append(far.sum() / (pairs.sum() * wanted.shape[1]) / wanted[pairs.expand_as(wanted)].var())
+                scores.append(score_error(layer.scores(own), wanted, mask))
             parts["attention"] = self._attention * torch.stack(scores).mean()
         return parts
 
@@ -94,6 +92,14 @@ def relative_error(own: Tensor, wanted: Tensor) -> Tensor:
     """Mean squared distance of rows [m, H], in units of the variance of those wanted."""
     wanted = wanted.float()
     return (own.float() - wanted).pow(2).mean() / wanted.var(0, correction=0).mean().clamp_min(1e-12)
+
+
+def score_error(own: Tensor, wanted: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared distance of attention scores [B, A, n, n] between tokens of a text, in units of the variance of
+    those wanted. mask: [B, n]."""
+    pairs, wanted = mask[:, None, :, None] & mask[:, None, None, :], wanted.float()
+    far = (own.float() - wanted).pow(2) * pairs
+    return far.sum() / (pairs.sum() * wanted.shape[1]) / wanted[pairs.expand_as(wanted)].var().clamp_min(1e-12)
 
 
 def _mean(states: Tensor, mask: Tensor) -> Tensor:

@@ -114,11 +114,11 @@ def _loss_of_step(
 ) -> Tensor:
     """Exits count less than what comes after them: 1, 2, 3, ... (docs/training.md)."""
     batch, target = train.batch(indices, model.device, path)
-    outputs, states = model.traced(batch)
-    losses = [_loss(model, output, target, settings.label_smoothing) for output in outputs]
+    traced = model.traced(batch, with_scores=taught is not None and taught.loss.attention > 0)
+    losses = [_loss(model, output, target, settings.label_smoothing) for output in traced.outputs]
     if taught is not None:
         tokens = taught.rows.batch(indices, model.device)[0].tokens()
-        losses[-1] = taught.loss(tokens, states, outputs[-1], losses[-1], epoch, model.head.target_std)
+        losses[-1] = taught.loss(tokens, traced, losses[-1], epoch, model.head.target_std)
     weights = range(1, len(losses) + 1)
     return torch.stack([i * loss for i, loss in zip(weights, losses, strict=True)]).sum() / sum(weights)
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from vbert.config import EMBEDDING_LAYER
 from vbert.formats.transformers_folder import Backbone
 from vbert.tenant import Exit
 
-__all__ = ["PaddedBatch", "TenantModel"]
+__all__ = ["PaddedBatch", "TenantModel", "Traced"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +49,15 @@ class PaddedBatch:
         assert self.token_ids is not None
         assert self.type_ids is not None
         return Batch(self.token_ids, self.type_ids, self.mask)
+
+
+class Traced(NamedTuple):
+    """outputs: as `TenantModel.outputs`. What training changes: states [B, n, H] by how many layers are below them, and
+    attention scores [B, A, n, n] by layer, where they were asked for."""
+
+    outputs: list[Tensor]
+    states: dict[int, Tensor]
+    scores: dict[int, Tensor]
 
 
 class TenantModel(nn.Module):
@@ -112,24 +122,26 @@ class TenantModel(nn.Module):
 
     def outputs(self, batch: PaddedBatch) -> list[Tensor]:
         """The same of every exit, and then of the head."""
-        return self.traced(batch)[0]
+        return self.traced(batch).outputs
 
-    def traced(self, batch: PaddedBatch) -> tuple[list[Tensor], dict[int, Tensor]]:
-        """`outputs`, and by how many layers are below them the states [B, n, H] that training changes."""
+    def traced(self, batch: PaddedBatch, *, with_scores: bool = False) -> Traced:
+        """`outputs`, and what is computed on the way to them."""
         if batch.rows is None:
             batch = self.frozen_rows(batch)
         assert batch.rows is not None
         heads = dict(zip((*self.exit_layers, self.config.num_layers), (*self.exits, self.head), strict=True))
         lowest = min((delta.layer for delta in self.trainables), default=self.config.num_layers)
         first, hidden = max(self.lowest_layer, 0), batch.rows
-        found, states = [heads[first](hidden, batch.mask)] if first in heads else [], {}
+        traced = Traced([heads[first](hidden, batch.mask)] if first in heads else [], {}, {})
         for layer in range(first, self.config.num_layers):
+            if with_scores and layer >= lowest:
+                traced.scores[layer] = self._scores(layer, hidden)
             hidden = self._layers(hidden, batch.mask, layer, layer + 1)
             if layer >= lowest:
-                states[layer + 1] = hidden
+                traced.states[layer + 1] = hidden
             if layer + 1 in heads:
-                found.append(heads[layer + 1](hidden, batch.mask))
-        return found, states
+                traced.outputs.append(heads[layer + 1](hidden, batch.mask))
+        return traced
 
     def exported_exits(self) -> tuple[Exit, ...]:
         heads = [head for head in self.exits if isinstance(head, TrainableHead)]
@@ -196,6 +208,13 @@ class TenantModel(nn.Module):
         shape = (*hidden.shape[:2], self.config.num_heads, self.config.head_size)
         q, k, v = (self._linear(layer, site, hidden).view(shape).transpose(1, 2) for site in "qkv")
         return self._linear(layer, "attn_out", attend(q, k, v, bias))
+
+    def _scores(self, layer: int, hidden: Tensor) -> Tensor:
+        """[B, A, n, n] of attention, before the mask and the softmax."""
+        shape = (*hidden.shape[:2], self.config.num_heads, self.config.head_size)
+        with self._autocast():
+            q, k = (self._linear(layer, site, hidden).view(shape).transpose(1, 2) for site in "qk")
+            return q @ k.transpose(-1, -2) / math.sqrt(self.config.head_size)
 
     def _sub_layer(self, layer: int, sub: str, entered: Tensor, output: Tensor) -> Tensor:
         """Residual and LayerNorm around a sub-layer, with a bottleneck between its taps where there is one."""

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.config import TrainConfig
-from training.distill_losses import relative_error
+from training.distill_losses import relative_error, score_error
 from training.head import pooled
+from training.model import Traced
+from training.skip_layers import FullLayer
 from training.skip_student import Batch, Teacher
 from vbert.activations import activate
 from vbert.checkpoint import read_tenant_bytes
@@ -93,7 +95,8 @@ class TaskLoss:
     """What a teacher adds to the loss of a step, and for how much the labels still count.
 
     share: of the teacher's answers against the labels. states: weight of the states, for which those after each of the
-    student's layers are compared with the teacher's of these numbers. first_epochs: of states only.
+    student's layers are compared with the teacher's of these numbers. attention: weight of the attention scores, those
+    of each of the student's layers with those of these layers of the teacher. first_epochs: of these two only.
     """
 
     teacher: TaskTeacher
@@ -101,6 +104,8 @@ class TaskLoss:
     temperature: float
     states: float
     numbers: tuple[int, ...]
+    attention: float
+    layers: tuple[int, ...]
     first_epochs: int
 
     @classmethod
@@ -108,30 +113,50 @@ class TaskLoss:
         """num_layers: of the student. Raises ConfigError."""
         count = len(teacher.encoder.layers)
         numbers = config.teacher_states or tuple(range(1, num_layers + 1))
-        if (config.state_loss or config.state_epochs) and (len(numbers) != num_layers or max(numbers) > count):
+        compares = config.state_loss or config.attention_loss or config.state_epochs
+        if compares and (len(numbers) != num_layers or max(numbers) > count):
             raise ConfigError(
                 f"teacher_states is {numbers}; give {num_layers} states of the teacher, up to {count}, or state_loss 0",
                 param="teacher_states",
             )
-        if num_layers != count and (config.state_loss or config.state_epochs) and not config.teacher_states:
+        if num_layers != count and compares and not config.teacher_states:
             raise ConfigError(
                 f"the teacher has {count} layers and the student {num_layers}; give teacher_states, or state_loss 0",
                 param="teacher_states",
             )
-        return cls(teacher, config.teacher_share, config.temperature, config.state_loss, numbers, config.state_epochs)
+        layers = config.teacher_attentions or tuple(number - 1 for number in numbers)
+        if config.attention_loss and (len(layers) != num_layers or not 0 <= min(layers) <= max(layers) < count):
+            raise ConfigError(
+                f"teacher_attentions is {layers}; give {num_layers} layers of the teacher, 0 to {count - 1}",
+                param="teacher_attentions",
+            )
+        return cls(
+            teacher=teacher,
+            share=config.teacher_share,
+            temperature=config.temperature,
+            states=config.state_loss,
+            numbers=numbers,
+            attention=config.attention_loss,
+            layers=layers,
+            first_epochs=config.state_epochs,
+        )
 
-    def __call__(
-        self, batch: Batch, states: dict[int, Tensor], output: Tensor, hard: Tensor, epoch: int, std: float
-    ) -> Tensor:
-        """states: after how many layers -> the student's, where something is trained below. output, hard: what the
-        student's head says, and its loss on the labels. std: of the numbers of a regression."""
+    def __call__(self, batch: Batch, own: Traced, hard: Tensor, epoch: int, std: float) -> Tensor:
+        """own: the student's. hard: the loss of its head on the labels. std: of the numbers of a regression."""
         taught, wanted = self.teacher(batch)
-        mask = batch.mask
-        far = [relative_error(own[mask], taught[self.numbers[i - 1]][mask]) for i, own in states.items()]
-        distance = torch.stack(far).mean() if far else torch.zeros((), device=output.device)
+        mask, output = batch.mask, own.outputs[-1]
+        distance = _mean([relative_error(x[mask], taught[self.numbers[i - 1]][mask]) for i, x in own.states.items()])
+        attention = _mean([score_error(x, self._scores(self.layers[i], taught), mask) for i, x in own.scores.items()])
         if epoch < self.first_epochs:
-            return distance
-        return self.states * distance + (1 - self.share) * hard + self.share * self._soft(output, wanted, mask, std)
+            return distance + self.attention * attention
+        soft = self._soft(output, wanted, mask, std)
+        return self.states * distance + self.attention * attention + (1 - self.share) * hard + self.share * soft
+
+    @torch.no_grad()
+    def _scores(self, layer: int, taught: Sequence[Tensor]) -> Tensor:
+        above = self.teacher.encoder.layers[layer]
+        assert isinstance(above, FullLayer)
+        return above.scores(taught[layer])
 
     def _soft(self, output: Tensor, wanted: Tensor, mask: Tensor, std: float) -> Tensor:
         if self.teacher.head.problem == "regression":
@@ -141,6 +166,10 @@ class TaskLoss:
         t = self.temperature
         soft = -(F.softmax(wanted / t, -1) * F.log_softmax(output / t, -1)).sum(-1)
         return soft.mean() * t**2
+
+
+def _mean(parts: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(parts)).mean() if parts else torch.zeros(())
 
 
 def _answers(head: Head, hidden: Tensor, mask: Tensor) -> Tensor:

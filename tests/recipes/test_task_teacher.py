@@ -14,10 +14,10 @@ from tests.tiny import tiny_backbone
 from training import loop
 from training.build import build_model
 from training.config import TrainConfig
-from training.distill_losses import relative_error
+from training.distill_losses import relative_error, score_error
 from training.export_skip import write_folder
-from training.model import PaddedBatch
-from training.skip_student import Batch
+from training.model import PaddedBatch, Traced
+from training.skip_student import Batch, Teacher
 from training.task_teacher import TaskLoss, TaskTeacher
 from training.train_peft import run
 from vbert.checkpoint import read_tenant_bytes
@@ -70,7 +70,8 @@ def loss_of(config, epoch, output, hard, states):
     loss = TaskLoss.of(config, teacher, backbone.config.num_layers)
     ids = torch.tensor([5, 9, 11, 6])
     taught_states, wanted = teacher(batch_of(ids))
-    return loss(batch_of(ids), states(taught_states), output, torch.tensor(hard), epoch, 1.0), taught_states, wanted
+    traced = Traced([output], states(taught_states), {})
+    return loss(batch_of(ids), traced, torch.tensor(hard), epoch, 1.0), taught_states, wanted
 
 
 def test_the_loss_is_the_weighted_sum_of_its_parts(taught):
@@ -93,10 +94,56 @@ def test_only_states_that_something_trains_are_compared(tmp_path):
     config = TrainConfig(backbone=str(tmp_path), out="none", top_layers=1, exits=(1,))
     model = build_model(config, backbone, ("money", "place"))
     ids = torch.tensor([[5, 9, 6]])
-    outputs, states = model.traced(PaddedBatch(mask=ids > 0, token_ids=ids, type_ids=ids * 0))
-    assert len(outputs) == 2
-    assert {*states} == {4}
-    assert states[4].requires_grad
+    batch = PaddedBatch(mask=ids > 0, token_ids=ids, type_ids=ids * 0)
+    traced = model.traced(batch, with_scores=True)
+    assert len(traced.outputs) == 2
+    assert {*traced.states} == {4}
+    assert {*traced.scores} == {3}
+    assert traced.states[4].requires_grad
+    assert traced.scores[3].requires_grad
+    assert not model.traced(batch).scores
+
+
+def test_the_loss_compares_attention_before_the_softmax(taught):
+    """A student without deltas attends as its backbone does, which the teacher's layers below its deltas do too."""
+    config = taught(attention_loss=0.5, state_loss=0.0, teacher_share=0.0, state_epochs=1, teacher_attentions=(0, 0))
+    backbone = read_backbone(config.backbone)
+    teacher = TaskTeacher.load(config, backbone, ("money", "place"))
+    loss = TaskLoss.of(config, teacher, backbone.config.num_layers)
+    ids = torch.tensor([[5, 9, 11, 6], [7, 8, 0, 0]])
+    batch = Batch(ids, ids * 0, ids > 0)
+    states, _ = teacher(batch)
+    scores = teacher.encoder.layers[0].scores(states[0])
+    pairs = (batch.mask[:, None, :, None] & batch.mask[:, None, None, :]).expand_as(scores)
+    off = torch.where(pairs, scores + 0.3, 1e6)  # what no text has is not compared
+    output = torch.zeros(2, 2)
+    traced = Traced([output], {}, {1: off})
+    want = 0.3**2 / scores[pairs].var()
+    torch.testing.assert_close(loss(batch, traced, torch.tensor(2.0), 0, 1.0), 0.5 * want)
+    torch.testing.assert_close(loss(batch, traced, torch.tensor(2.0), 1, 1.0), 0.5 * want + 2.0)
+    model = build_model(replace(config, teacher=""), backbone, ("money", "place")).eval()
+    own = model.traced(PaddedBatch(mask=batch.mask, token_ids=ids, type_ids=ids * 0), with_scores=True).scores[0]
+    plain = Teacher(backbone)  # new deltas change nothing
+    want = plain.layers[0].scores(plain(batch)[0])
+    torch.testing.assert_close(own[pairs], want[pairs], rtol=0, atol=1e-5)
+
+
+def test_a_student_comes_nearer_to_its_teachers_attention(taught):
+    def apart(**settings):
+        config = taught(epochs=6, state_loss=0.0, **settings)
+        run(config)
+        backbone, module = read_backbone(config.backbone), read_tenant_bytes(Path(config.out).read_bytes())
+        batch = batch_of(torch.tensor([5, 9, 11, 6]))
+        teacher, own = (TaskTeacher(backbone, each).encoder for each in (_teacher_of(config), module))
+        layer = backbone.config.num_layers - 1
+        scores = [each.layers[layer].scores(each(batch)[layer]) for each in (own, teacher)]
+        return float(score_error(*scores, batch.mask))
+
+    assert apart(attention_loss=5.0) < 0.5 * apart()
+
+
+def _teacher_of(config):
+    return read_tenant_bytes(Path(config.teacher).read_bytes())
 
 
 @pytest.mark.parametrize("plain_way", [True, False])
@@ -170,6 +217,8 @@ def test_each_path_gets_the_steps_that_it_would_get_alone(tmp_path, monkeypatch)
         ({"state_epochs": 2}, "give fewer"),
         ({"method": "head", "state_epochs": 1}, "a head alone"),
         ({"teacher_share": 1.5}, "from 0 to 1"),
+        ({"attention_loss": 1.0, "teacher_attentions": (1,)}, "give 2 layers"),
+        ({"attention_loss": 1.0, "teacher_attentions": (0, 2)}, "0 to 1"),
         ({"teacher_states": (1,)}, "give 2 states"),
         ({"teacher_states": (1, 9)}, "up to 2"),
         ({"teacher_states": (-1, 2)}, "count from 0"),
