@@ -20,6 +20,7 @@ from vbert.batch import PackedRows
 from vbert.config import EMBEDDING_LAYER, EncoderConfig
 from vbert.deltas import BatchDeltas
 from vbert.kernels.few_rows import few_rows_linear, is_worth_it
+from vbert.kernels.half_linear import half_linear, packed, takes_half
 from vbert.rows import RowSource
 from vbert.workspace import Workspace
 
@@ -28,11 +29,13 @@ __all__ = ["Encoder"]
 
 @dataclass(frozen=True, slots=True)
 class _Linear:
-    weight: Tensor  # [out, in]
+    weight: Tensor  # [out, in], or packed
     bias: Tensor  # [out]
 
     def __call__(self, x: Tensor, name: str, space: Workspace) -> Tensor:
-        """x [T, in] to [T, out], in the buffer of that name."""
+        """x [T, in] to [T, out], which may be in the buffer of that name."""
+        if takes_half(x):
+            return half_linear(x, self.weight, self.bias, name, space)
         out = space.rows(name, x.shape[0], self.bias.shape[0])
         if is_worth_it(x):
             return few_rows_linear(x, self.weight, self.bias, out=out)
@@ -65,17 +68,24 @@ class Encoder:
         dtype: torch.dtype,
         device: torch.device,
         words: RowSource | None = None,
+        *,
+        packs: bool = True,
     ) -> None:
         """weights: the canonical float32 tensors of vbert/formats/transformers_folder.py, or with q, k and v in one,
         which is used as it is where dtype and device are those. words: the word embeddings,
-        of this dtype, where they are not to be kept in memory."""
+        of this dtype, where they are not to be kept in memory. packs: linears may lie in memory as the machine wants
+        them; not where the weights are only looked at."""
         self.config, self.dtype, self.device, self._words = config, dtype, device, words
 
         def get(name: str) -> Tensor:
             return weights[name].to(device=device, dtype=dtype)
 
-        def linear(prefix: str) -> _Linear:
-            return _Linear(get(f"{prefix}.weight"), get(f"{prefix}.bias"))
+        def linear(*prefixes: str) -> _Linear:
+            """Several in one, their outputs side by side."""
+            weights, biases = ([get(f"{prefix}.{part}") for prefix in prefixes] for part in ("weight", "bias"))
+            weight = torch.cat(weights) if len(prefixes) > 1 else weights[0]
+            in_order = packed(weight) if packs else None
+            return _Linear(weight if in_order is None else in_order, torch.cat(biases) if biases[1:] else biases[0])
 
         def norm(prefix: str) -> _Norm:
             return _Norm(get(f"{prefix}.weight"), get(f"{prefix}.bias"))
@@ -83,8 +93,7 @@ class Encoder:
         def qkv(prefix: str) -> _Linear:
             if f"{prefix}.qkv.weight" in weights:
                 return linear(f"{prefix}.qkv")
-            parts = [linear(f"{prefix}.{site}") for site in ("q", "k", "v")]
-            return _Linear(torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts]))
+            return linear(*(f"{prefix}.{site}" for site in ("q", "k", "v")))
 
         self._word = get("word_embeddings") if words is None else None
         self._position = get("position_embeddings")
@@ -112,7 +121,7 @@ class Encoder:
             for part, every in parts.items():
                 name = f"layers.{layer}.{site}.{part}" if layer != EMBEDDING_LAYER else f"{site}.{part}"
                 weights[name if site == "emb_norm" or layer != EMBEDDING_LAYER else site] = every[slot]
-        return cls(config, weights, arena_class.values.dtype, arena_class.values.device)
+        return cls(config, weights, arena_class.values.dtype, arena_class.values.device, packs=False)
 
     @property
     def num_bytes(self) -> int:
