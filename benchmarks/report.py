@@ -127,6 +127,17 @@ def serving() -> str:
     return _where(result) + markdown([column.replace("_", " ") for column in columns], body)
 
 
+def half_linear() -> str:
+    """Milliseconds of a batch whose number of tokens comes for the first time, and again, and memory by such a one."""
+    result = latest("half_linear")
+    body = [
+        [row["texts"], row["system"], f"{row['first_ms']:.2f}", f"{row['again_ms']:.2f}", f"{row['grown_mib']:.2f}"]
+        for row in result["rows"]
+    ]
+    header = ["texts", "products", "first, ms", "again, ms", "MiB each"]
+    return _where(result).replace("; requests/s", f"; {result['config']['backbone']}") + markdown(header, body)
+
+
 def overlap() -> str:
     """Milliseconds a batch with the lanes off and on, what the lanes did meanwhile, and how much of it nobody saw."""
     result = latest("overlap")
@@ -279,6 +290,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "multitenant": multitenant,
     "multitenant_mix": multitenant_mix,
     "serving": serving,
+    "half_linear": half_linear,
     "overlap": overlap,
     "neighbour": neighbour,
     "training_quality": training_quality,

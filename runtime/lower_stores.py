@@ -88,7 +88,7 @@ class LowerStores:
         if self.ngrams is not None and routes.skipped is not None and ngrams is not None:
             self.ngrams.insert(routes.skipped, ngrams)
         if self.ngrams is not None and routes.missed:
-            self.ngrams.want(routes.missed)
+            self.ngrams.note(routes.missed)
 
     def forget(self, routes: Routes) -> None:
         """Drop what was given to a batch that failed: it may be why."""

@@ -39,7 +39,7 @@ from vbert.skip import SLOTS, Skip
 
 __all__ = ["NgramCounters", "NgramStore", "PathCosts", "Routed", "Skipped"]
 
-_MOST_WANTED = 4096
+_MOST_WANTED, _MOST_NOTED = 4096, 1024  # n-grams, texts
 _SURE = 0.8  # of a cost that is to be saved: what is looked up has to be merged, and costs are estimates
 _TOKENS_PER_WANTED = 64  # of a batch beside which one is computed: 3 rows of local layers on 64 of all layers
 
@@ -138,6 +138,7 @@ class NgramStore:
         self._foreign = {id(table) for table in self.tables if table.encoder != skip.fingerprint}
         last: list[_Source] = list(tables.get("", ()))
         self._tables = {domain: [*own, *last] for domain, own in tables.items() if domain} | {"": last}
+        self._missed: list[Keys] = []  # of texts since somebody last asked what is wanted
         self._wanted: dict[int, None] = {}  # the longest first
         self.counters = NgramCounters()
         self.lock = threading.RLock()
@@ -242,29 +243,42 @@ class NgramStore:
             self.counters.inserted += inserted
             self.counters.evicted += evicted
 
-    def want(self, missed: Sequence[Keys]) -> None:
-        """Take n-grams that texts did without for wanted, those that were missing before as well. missed: at least one
-        array. More than a few thousand are not waited for."""
-        if self._cache is None:
-            return
-        keys = np.unique(np.concatenate(missed))
-        with self.lock:
-            keys = keys[self._cache.find(keys) < 0]  # but for those that were computed since
-            self._wanted |= dict.fromkeys(keys[self._cache.worth_keeping(keys)].tolist())
-            while len(self._wanted) > _MOST_WANTED:
-                del self._wanted[next(iter(self._wanted))]
+    def note(self, missed: Sequence[Keys]) -> None:
+        """N-grams that texts did without, an array a text. Nothing is done about them here, since the next text waits;
+        of very many texts, those that came first are forgotten."""
+        if self._cache is not None:
+            with self.lock:
+                self._missed = [*self._missed, *missed][-_MOST_NOTED:]
 
     @property
-    def wants_some(self) -> bool:
-        return bool(self._wanted)
+    def may_want(self) -> bool:
+        """False: nothing is wanted."""
+        return bool(self._wanted or self._missed)
 
     def wanted(self, count: int) -> Keys:
-        """At most so many n-grams that it would be good to have, each given out once."""
+        """At most so many n-grams that it would be good to have, each given out once: those that more than one text did
+        without. More than a few thousand are not waited for."""
         with self.lock:
+            if self._missed:
+                self._want(self._missed)
+                self._missed = []
             taken = list(itertools.islice(self._wanted, count))
             for key in taken:
                 del self._wanted[key]
         return np.array(taken, np.uint64)
+
+    def _want(self, missed: Sequence[Keys]) -> None:
+        assert self._cache is not None
+        keys, texts = np.concatenate(missed), np.repeat(np.arange(len(missed)), [len(keys) for keys in missed])
+        order = np.lexsort((texts, keys))
+        keys, texts = keys[order], texts[order]
+        once = np.append(True, (np.diff(texts) != 0) | (keys[1:] != keys[:-1]))  # in each text
+        keys, counts = np.unique(keys[once[: len(keys)]], return_counts=True)
+        absent = self._cache.find(keys) < 0  # but for those that were computed since
+        keys, counts = keys[absent], counts[absent]
+        self._wanted |= dict.fromkeys(keys[self._cache.worth_keeping(keys) | (counts > 1)].tolist())
+        while len(self._wanted) > _MOST_WANTED:
+            del self._wanted[next(iter(self._wanted))]
 
     def keep(self, keys: Keys, rows: Tensor) -> None:
         """Rows [n, 3, H] of wanted n-grams, in host memory."""

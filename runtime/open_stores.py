@@ -103,7 +103,8 @@ def _ngram_store(config: EngineConfig, backbone: Backbone, model: Model, cost: C
 
 def _costs(skip: SkipConfig, num_layers: int, cost: CostModel | None) -> PathCosts:
     """From the profile; without one, rows times layers, a few rows taking as long as `_ALONE_ROWS`. A row of a local
-    layer never counts as less than one of a plain layer, which has the same products: a profile is a few noisy numbers.
+    layer never counts as less than one of a plain layer, which has the same products: a profile is a few noisy numbers,
+    and what a forward takes besides its layers is not saved.
     """
     share = skip.first_layer / num_layers
     if cost is None:
@@ -113,12 +114,19 @@ def _costs(skip: SkipConfig, num_layers: int, cost: CostModel | None) -> PathCos
             local_alone=lambda missing: max(_ALONE_ROWS, SLOTS * missing) * skip.local_layers,
             local_margin=lambda missing: SLOTS * missing * skip.local_layers,
         )
+
+    def plain_alone(tokens: int) -> float:
+        whole = cost.forward_s(tokens, tokens) * share
+        if not skip.local_layers:
+            return whole
+        return min(whole, cost.local_s(-(-tokens // SLOTS)) * skip.first_layer / skip.local_layers)
+
     many = 4096
     per_token = cost.forward_s(many) * share / many
     rows = SLOTS * skip.local_layers / max(1, skip.first_layer)  # of an n-gram, for each row of a token
     per_ngram = max(cost.local_s(many) / many, rows * per_token)
     return PathCosts(
-        plain_alone=lambda tokens: cost.forward_s(tokens, tokens) * share,
+        plain_alone=plain_alone,
         plain_margin=lambda tokens: tokens * per_token,
         local_alone=cost.local_s,
         local_margin=lambda missing: missing * per_ngram,

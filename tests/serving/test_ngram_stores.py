@@ -278,7 +278,7 @@ async def test_learning_takes_a_hundredth_of_the_time_of_a_busy_server(world, mo
 
     now, store, keys, computed = Now(), a_store(world), np.arange(1, 4001, dtype=np.uint64) << 21, []
     for _ in range(2):
-        store.want([keys])
+        store.note([keys])
     monkeypatch.setattr("runtime.ngram_learner.asyncio.sleep", sleep)
     learner = NgramLearner(
         ngrams=store, local=Dear(), device=CpuDevice(now), compute=None, idle=lambda: len(computed) >= 30, clock=now
@@ -286,7 +286,7 @@ async def test_learning_takes_a_hundredth_of_the_time_of_a_busy_server(world, mo
     with pytest.raises(asyncio.CancelledError):
         await learner.run()
     assert computed[29] == pytest.approx(30 * 0.02 / 0.01, rel=0.05)
-    assert not store.wants_some  # idle at last
+    assert not store.may_want  # idle at last
 
 
 async def test_what_is_stored_whole_teaches_no_n_grams(world, on_skip, monkeypatch):
@@ -300,7 +300,7 @@ async def test_what_is_stored_whole_teaches_no_n_grams(world, on_skip, monkeypat
         await until(lambda: engine.snapshot().sequences["inserted"] == 1)
         for _ in range(3):
             assert (await engine.classify("t", [TEXTS[5]])).paths == ("stored",)
-        assert not engine._core.parts.stores.ngrams.wants_some
+        assert not len(engine._core.parts.stores.ngrams.wanted(99))
 
 
 async def test_large_batches_learn_beside_their_own_work(world, on_skip, monkeypatch):
@@ -354,7 +354,7 @@ def test_only_so_many_are_wanted(world, monkeypatch):
     monkeypatch.setattr("runtime.ngram_store._MOST_WANTED", 5)
     store, keys = a_store(world), np.unique(world.keys(TEXTS))
     for _ in range(2):
-        store.want([keys])
+        store.note([keys])
     assert len(keys) > 5
     assert store.wanted(3).tolist() == keys[-5:-2].tolist()
     assert len(store.wanted(9)) == 2
@@ -364,10 +364,10 @@ def test_only_so_many_are_wanted(world, monkeypatch):
 def test_what_was_computed_meanwhile_is_not_wanted_again(world):
     store, keys = a_store(world), np.unique(world.keys(TEXTS))
     for _ in range(2):
-        store.want([keys])
+        store.note([keys])
     taken = store.wanted(3)
     store.keep(taken, torch.zeros(3, 3, world.backbone.config.hidden_size))
-    store.want([keys])
+    store.note([keys])
     assert {*store.wanted(len(keys)).tolist()} == {*keys.tolist()} - {*taken.tolist()}
 
 
