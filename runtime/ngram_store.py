@@ -9,7 +9,7 @@ never from the others of its batch:
   where each token has something, and not too much is shortened;
 - *compute*: as exact, and nothing is looked up; *plain*: all lower layers, as without a skip part.
 
-Rows that other local layers made (adapted to a domain) are not what `exact` would compute: texts that may take it do
+Rows that other local layers made (adapted to a domain) are not what `exact` would compute: tenants that learnt it do
 not see them, those that can only back off do.
 
 What backoff did without, or plain was chosen for, and is missing a second time, is wanted: it is computed beside a
@@ -258,6 +258,8 @@ class NgramStore:
     def wanted(self, count: int) -> Keys:
         """At most so many n-grams that it would be good to have, each given out once: those that more than one text did
         without. More than a few thousand are not waited for."""
+        if not count:
+            return np.empty(0, np.uint64)
         with self.lock:
             if self._missed:
                 self._want(self._missed)
@@ -344,4 +346,5 @@ class NgramStore:
 
 def _asking(sequence: SequenceInput) -> tuple[str, bool, bool]:
     """Whose tables are asked, whether the cache is, and whether rows that other local layers made will do."""
-    return sequence.domain, sequence.scope == b"", "backoff" in sequence.paths and "exact" not in sequence.paths
+    learnt = sequence.paths if sequence.tenant is None else sequence.tenant.header.paths
+    return sequence.domain, sequence.scope == b"", "backoff" in sequence.paths and "exact" not in learnt

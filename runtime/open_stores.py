@@ -82,7 +82,7 @@ def _ngram_store(config: EngineConfig, backbone: Backbone, model: Model, cost: C
         if table.encoder != skip.fingerprint:
             raise ConfigError(
                 f"{table.path} was built with other local layers than these ({table.encoder[:23]}), adapted to a "
-                "domain; give it as DOMAIN=FILE, for tenants of the domain that only back off"
+                "domain; give it as DOMAIN=FILE, for tenants of the domain that did not learn exact"
             )
     warm_up_ngrams()
     costs = _costs(skip.config, model.config.num_layers, cost)

@@ -122,6 +122,7 @@ def _check(config: DistillConfig, backbone: Backbone, folder: Path) -> None:
         if backbone.skip is not None:
             raise ConfigError(f"{backbone.folder} is a skip backbone already; distil the plain one", param="backbone")
         layers = backbone.config.num_layers
+        config.teacher_states(config.shape(layers), layers)
         config.teacher_attentions(config.shape(layers), layers)
     try:
         folder.mkdir(parents=True, exist_ok=True)

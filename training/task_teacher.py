@@ -113,15 +113,18 @@ class TaskLoss:
         """num_layers: of the student. Raises ConfigError."""
         count = len(teacher.encoder.layers)
         numbers = config.teacher_states or tuple(range(1, num_layers + 1))
-        compares = config.state_loss or config.attention_loss or config.state_epochs
+        by_state = config.attention_loss and not config.teacher_attentions
+        compares = config.state_loss or config.state_epochs or by_state
         if compares and (len(numbers) != num_layers or max(numbers) > count):
             raise ConfigError(
-                f"teacher_states is {numbers}; give {num_layers} states of the teacher, up to {count}, or state_loss 0",
+                f"teacher_states is {numbers}; give {num_layers} states of the teacher, up to {count}, or compare none "
+                "(state_loss, state_epochs and attention_loss 0)",
                 param="teacher_states",
             )
         if num_layers != count and compares and not config.teacher_states:
             raise ConfigError(
-                f"the teacher has {count} layers and the student {num_layers}; give teacher_states, or state_loss 0",
+                f"the teacher has {count} layers and the student {num_layers}; give teacher_states, or compare none "
+                "(state_loss, state_epochs and attention_loss 0)",
                 param="teacher_states",
             )
         layers = config.teacher_attentions or tuple(number - 1 for number in numbers)

@@ -33,7 +33,7 @@ def read_texts(path: Path | str, told: Callable[[int], None] = lambda num_bytes:
     try:
         with path.open("rb") as raw, _as_text(raw, path) as file:
             for number, line in enumerate(file, 1):
-                if number % _AT_ONCE == 0:
+                if number % _AT_ONCE == 0 and raw.seekable():
                     told(raw.tell())
                 if line.strip():
                     yield line.strip() if ".jsonl" not in path.name else _text_of(line, f"{path} line {number}")

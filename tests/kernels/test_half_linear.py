@@ -3,9 +3,6 @@
 import pytest
 import torch
 
-from tests.tiny import tiny_backbone
-from vbert.encoder import Encoder
-from vbert.formats.transformers_folder import read_backbone
 from vbert.kernels.half_linear import half_linear, packed, takes_half, whole_rows
 from vbert.workspace import Workspace
 
@@ -73,9 +70,3 @@ def test_only_bfloat16_on_a_cpu():
     assert not takes_half(torch.zeros(1))
     assert not takes_half(torch.zeros(1, dtype=torch.bfloat16, device="meta"))
     assert packed(torch.zeros(OUT, IN)) is None
-
-
-def test_weights_in_order_take_the_room_of_the_others(tmp_path):
-    backbone = read_backbone(tiny_backbone("bert", tmp_path))
-    of = backbone.config, backbone.weights, torch.bfloat16, torch.device("cpu")
-    assert Encoder(*of).num_bytes == Encoder(*of, packs=False).num_bytes

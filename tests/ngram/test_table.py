@@ -7,15 +7,16 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from numba.core.registry import CPUDispatcher
 
 from vbert.errors import ConfigError, CorruptFile, ShapeError, WrongBackbone
-from vbert.ngram.index import Located, ngram_keys
+from vbert.ngram import cache, index, table, views
+from vbert.ngram.index import ngram_keys
 from vbert.ngram.table import NgramTable, TableWriter
 
 WIDTH = 12
@@ -68,20 +69,16 @@ def test_opening_reads_neither_index_nor_rows(tmp_path):
     assert 0 < resident < table.num_bytes / 20
 
 
-def test_others_run_while_keys_are_looked_up(tmp_path):
-    keys = np.arange(1, 100_001, dtype=np.uint64) << np.uint64(21)
-    write(tmp_path / "t", keys, batch=10_000)
-    table, many = NgramTable(tmp_path / "t", None), np.tile(keys, 100)
-    located = Located.unknown(many, np.array([0, len(many)]))
-    table.fill(Located.unknown(keys, np.array([0, len(keys)])), np.ones(1, np.bool_), 3, 0)  # compiled
-    turns = 0
-    with ThreadPoolExecutor(1) as thread:
-        found = thread.submit(table.fill, located, np.ones(1, np.bool_), 3, 0)
-        while not found.done():
-            turns += 1
-        found.result()
-    assert (located.kept == 3).all()
-    assert turns > 10_000  # held, the lock would pass once
+def test_no_look_up_holds_the_lock_of_the_interpreter():
+    kernels = [
+        each
+        for module in (cache, index, table, views)
+        for each in vars(module).values()
+        if isinstance(each, CPUDispatcher)
+    ]
+    inlined = [each for each in kernels if each.targetoptions.get("inline") == "always"]
+    assert len(kernels) - len(inlined) >= 12
+    assert all(each.targetoptions.get("nogil") for each in kernels)
 
 
 def test_an_index_without_a_free_place_ends_the_search(tmp_path, keys):

@@ -135,7 +135,8 @@ def test_a_few_texts_are_enough(config, tmp_path):
 
 def test_attention_is_compared_with_the_layers_that_are_named(config):
     def before(**settings):
-        return distill.run(replace(config, tokens=200, attention_loss=1.0, **settings)).before["attention"]
+        changes = {"tokens": 200, "attention_loss": 1.0, "upper_layers": "trained"} | settings
+        return distill.run(replace(config, **changes)).before["attention"]
 
     assert before() == before(attention_targets=(2, 3)) != before(attention_targets=(1, 3))
 
@@ -222,9 +223,10 @@ def test_what_was_written_computes_what_was_trained(config):
         ({"max_length": 1000}, "max_length is 1000"),
         ({"targets": (2, 3)}, "targets are"),
         ({"targets": (2, 3, 5)}, "up to 4"),
-        ({"attention_targets": (2,)}, "attention_targets are"),
-        ({"attention_targets": (2, 4)}, "up to 3"),
-        ({"attention_targets": (-1, 2)}, "up to 3"),
+        ({"attention_targets": (1, 3), "attention_loss": 1.0}, "attend like themselves"),
+        ({"attention_targets": (2,), "attention_loss": 1.0, "upper_layers": "trained"}, "give 2 ascending"),
+        ({"attention_targets": (2, 4), "attention_loss": 1.0, "upper_layers": "trained"}, "up to 3"),
+        ({"attention_targets": (-1, 2), "attention_loss": 1.0, "upper_layers": "trained"}, "up to 3"),
         ({"objective": "mlm"}, "no local layers"),
         ({"texts": ()}, "nothing to learn"),
         ({"out": ""}, "out is not set"),
@@ -288,7 +290,7 @@ def test_shortening_takes_the_share_it_was_asked_for():
 @pytest.mark.parametrize("path", sorted((ROOT / "training/recipes/distill").glob("*.toml")), ids=lambda path: path.stem)
 def test_recipes_are_of_the_shape_they_are_named_after(path):
     settings = read_recipe(path, DistillConfig)
-    config = DistillConfig(**settings, backbone="x", texts=("x",), out="x")
+    config = DistillConfig(**settings, backbone="x", texts=("x",), out="x", attention_loss=1.0)
     name, _, layers = path.stem.rpartition("-")
     shape = config.shape({"minilm-l6": 6, "e5-12l": 12}[name])
     kind = "" if shape.kind == "trigram" else shape.kind
@@ -297,7 +299,7 @@ def test_recipes_are_of_the_shape_they_are_named_after(path):
     states, attentions = config.teacher_states(shape, num_layers), config.teacher_attentions(shape, num_layers)
     assert states[-1] == num_layers
     published = {  # of SkipBERT's release
-        "6+6": ((6, 7, 8, 9, 10, 11, 12), (1, 3, 5, 7, 9, 11)),
+        "6+6": ((6, 7, 8, 9, 10, 11, 12), (6, 7, 8, 9, 10, 11)),
         "6+4": ((4, 6, 8, 10, 12), (2, 5, 8, 11)),
         "6+2": (states, (4, 9)),
     }

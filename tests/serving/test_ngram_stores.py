@@ -76,6 +76,9 @@ async def test_rows_of_layers_adapted_to_a_domain_are_never_exact(world, on_skip
         wanted = world.expected(module, TEXTS[1], "exact")
         assert bank.paths == ("exact",)
         np.testing.assert_allclose(bank.probabilities[0], wanted, **CLOSE)
+        asked = engine.snapshot().ngrams
+        assert (await engine.classify("bank", [TEXTS[1]], path="backoff")).paths == ("backoff",)
+        assert engine.snapshot().ngrams["trigrams"] == asked["trigrams"]  # it had none of them
         assert backs_off.paths == ("backoff",)
         assert abs(backs_off.probabilities[0] - wanted).max() > 0.01
         assert engine.snapshot().ngrams["trigrams"] == len(keys)  # those of one tenant

@@ -30,8 +30,8 @@ def whole_rows(count: int) -> int:
 
 
 def packed(weight: Tensor) -> Tensor | None:
-    """[out, in] bfloat16 weights in the order in which the machine multiplies them, as large as before; None where
-    oneDNN has no bfloat16. Only for `half_linear`."""
+    """[out, in] bfloat16 weights in the order in which the machine multiplies them, about as large as before; None
+    where oneDNN has no bfloat16. Only for `half_linear`."""
     if not takes_half(weight) or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return None
     out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _LEAST * _STEPS)
