@@ -9,6 +9,8 @@ from typing import Any
 
 __all__ = ["tables"]
 
+_EPOCHS = 3  # of tenants, where a table does not say another
+
 Row = Mapping[str, Any]
 Results = Callable[[str], list[dict[str, Any]]]
 Markdown = Callable[[Sequence[str], Iterable[Sequence[object]]], str]
@@ -122,7 +124,8 @@ def _quality(found: Iterable[Mapping[str, Any]], markdown: Markdown) -> str:
         config = result["config"]
         for row in result["rows"]:
             about = (_budget(config), _steps(config), config.get("dtype", "float32"))
-            key: tuple[str, ...] = (config["backbone"], row["system"], *about, row["path"])
+            longer = f", {config['epochs']} epochs" if config["epochs"] != _EPOCHS else ""
+            key: tuple[str, ...] = (config["backbone"], row["system"] + longer, *about, row["path"])
             cells.setdefault(key, {}).setdefault(row["set"], {})[row["seed"]] = row["value"]
     sets = sorted({name for of_set in cells.values() for name in of_set})
     students = list(dict.fromkeys(key[:-1] for key in cells))
