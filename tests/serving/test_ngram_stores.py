@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -282,7 +283,8 @@ async def test_learning_takes_a_hundredth_of_the_time_of_a_busy_server(world, mo
     now, store, keys, computed = Now(), a_store(world), np.arange(1, 4001, dtype=np.uint64) << 21, []
     for _ in range(2):
         store.note([keys])
-    monkeypatch.setattr("runtime.ngram_learner.asyncio.sleep", sleep)
+    mine = SimpleNamespace(sleep=sleep, get_running_loop=asyncio.get_running_loop)  # nobody else's sleep
+    monkeypatch.setattr("runtime.ngram_learner.asyncio", mine)
     learner = NgramLearner(
         ngrams=store, local=Dear(), device=CpuDevice(now), compute=None, idle=lambda: len(computed) >= 30, clock=now
     )
