@@ -48,9 +48,10 @@ class NgramLearner:
         """Seconds it took. On the compute thread."""
         began_s, keys = self.clock.now_s(), self.ngrams.wanted(_PIECE)
         try:
-            with self.device.compute.current():
-                rows = self.local.encode(keys).to("cpu")  # waits for a GPU
-            self.ngrams.keep(keys, rows)
+            if len(keys):
+                with self.device.compute.current():
+                    rows = self.local.encode(keys).to("cpu")  # waits for a GPU
+                self.ngrams.keep(keys, rows)
         except Exception:
             _log.exception("%d n-grams that texts did without could not be computed", len(keys))
         return self.clock.now_s() - began_s
