@@ -110,10 +110,11 @@ class DistillConfig:
         return states
 
     def teacher_attentions(self, shape: SkipShape, num_layers: int) -> tuple[int, ...]:
-        """Which layer of the teacher, from 0, each upper layer is to attend like. Raises ConfigError."""
+        """Which layer of the teacher, from 0, each upper layer is to attend like; () where that counts for nothing.
+        Raises ConfigError."""
+        if not self.attention_loss:
+            return ()
         layers = self.attention_targets or tuple(state - 1 for state in self.teacher_states(shape, num_layers)[1:])
-        if self.attention_targets and not self.attention_loss:
-            return ()  # nothing is compared
         if self.attention_targets and self.upper_layers == "frozen" and layers != shape.upper:
             raise ConfigError(
                 f"attention_targets are {layers}, and frozen upper layers attend like themselves; leave it out, "
