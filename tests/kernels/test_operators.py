@@ -55,9 +55,11 @@ def test_the_only_tenant_of_a_batch(check, lengths, dtype):
     CHECKS[check](Case(segments, dtype, backend=Backend.CPU))
 
 
-def test_low_rank_of_a_wide_input():
-    """Wider than what the kernel takes at a time."""
-    check_low_rank(Case(segments_of([37]), torch.float32, backend=Backend.CPU), rank=6, width_in=700)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [[20, 17], [20], [40]], ids=str)
+def test_low_rank_of_a_wide_input(lengths, dtype):
+    """Wider than what the kernel takes at a time; on either side of what one tenant computes in float32."""
+    check_low_rank(Case(segments_of(lengths), dtype, backend=Backend.CPU), rank=6, width_in=700)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float64], ids=str)

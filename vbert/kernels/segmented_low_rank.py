@@ -17,6 +17,8 @@ __all__ = ["LowRankSite", "segmented_low_rank"]
 
 LowRankSite = tuple[Tensor, Tensor, Tensor]  # a_slots, b_slots, out
 
+_FEW = 2**17  # multiplications; for fewer, setting out for the matrix unit takes longer than float32 takes in all
+
 
 def segmented_low_rank(
     hidden: Tensor, sites: Sequence[LowRankSite], segments: Segments, *, backend: Backend | None = None
@@ -61,8 +63,12 @@ def reference(hidden: Tensor, sites: Sequence[LowRankSite], segments: Segments) 
 def _alone(hidden: Tensor, sites: Sequence[LowRankSite], segments: Segments) -> None:
     # Of one tenant, plain products on views take a quarter to three quarters of what batches of products take.
     slot, rows = segments.only
+    own = hidden[rows]
     for a, b, out in sites:
-        out[rows].addmm_(hidden[rows] @ a[slot], b[slot])
+        if hidden.dtype != torch.float32 and own.numel() * a.shape[2] <= _FEW:
+            out[rows].add_(own.float() @ a[slot].float() @ b[slot].float())
+        else:
+            out[rows].addmm_(own @ a[slot], b[slot])
 
 
 def _batched(hidden: Tensor, sites: Sequence[LowRankSite], segments: Segments) -> None:
