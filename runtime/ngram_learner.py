@@ -40,9 +40,11 @@ class NgramLearner:
             await asyncio.sleep(_LOOK_S)
             was_idle, before = self.idle(), was_idle
             # idle twice: since the last look, probably; between two texts of who sends one after another it is not
-            if self.ngrams.may_want and ((was_idle and before) or self.clock.now_s() >= next_s):
+            free = was_idle and before
+            while self.ngrams.may_want and (free or self.clock.now_s() >= next_s):
                 took_s = await asyncio.get_running_loop().run_in_executor(self.compute, self._learn)
                 next_s = self.clock.now_s() + took_s / _SHARE
+                free = free and self.idle()
 
     def _learn(self) -> float:
         """Seconds it took. On the compute thread."""

@@ -39,7 +39,7 @@ from vbert.skip import SLOTS, Skip
 
 __all__ = ["NgramCounters", "NgramStore", "PathCosts", "Routed", "Skipped"]
 
-_MOST_WANTED, _MOST_NOTED = 4096, 1024  # n-grams, texts
+_MOST_WANTED, _MOST_NOTED = 2**16, 1024  # n-grams, some 100 bytes each, and texts
 _SURE = 0.8  # of a cost that is to be saved: what is looked up has to be merged, and costs are estimates
 _TOKENS_PER_WANTED = 64  # of a batch beside which one is computed: 3 rows of local layers on 64 of all layers
 

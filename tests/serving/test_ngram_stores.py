@@ -286,12 +286,20 @@ async def test_learning_takes_a_hundredth_of_the_time_of_a_busy_server(world, mo
     mine = SimpleNamespace(sleep=sleep, get_running_loop=asyncio.get_running_loop)  # nobody else's sleep
     monkeypatch.setattr("runtime.ngram_learner.asyncio", mine)
     learner = NgramLearner(
-        ngrams=store, local=Dear(), device=CpuDevice(now), compute=None, idle=lambda: len(computed) >= 30, clock=now
+        ngrams=store,
+        local=Dear(),
+        device=CpuDevice(now),
+        compute=None,
+        idle=lambda: len(computed) >= 30 and len(computed) != 100,
+        clock=now,
     )
     with pytest.raises(asyncio.CancelledError):
         await learner.run()
     assert computed[29] == pytest.approx(30 * 0.02 / 0.01, rel=0.05)
     assert not store.may_want  # idle at last
+    pauses = np.diff(computed[30:]) - 0.02
+    assert min(pauses[[69, 70]]) > 0  # after a hundred somebody comes; then until it looks idle again
+    assert np.delete(pauses, [69, 70]) == pytest.approx(0, abs=1e-9)
 
 
 async def test_what_is_stored_whole_teaches_no_n_grams(world, on_skip, monkeypatch):
