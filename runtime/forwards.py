@@ -7,19 +7,20 @@ with one tenant stays its own trouble.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import compress, groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from runtime.clock import Clock
 from runtime.errors import ComputeFailed
 from runtime.lane_feed import Arriving, LaneFeed
-from runtime.launch import LEAST_WORK, LEFT, Computed, Launch, Outcome, check_owned, is_finite, joined
+from runtime.launch import LEAST_WORK, LEFT, Computed, Launch, Outcome, joined
 from runtime.lower_stores import LowerStores, without_stores
 from runtime.operator_streams import StreamChoice
 from runtime.pressure import is_out_of_memory
@@ -114,7 +115,6 @@ class Forwards:
         self._ahead = Preparer(model, source, self.ring, device, device.stream("rows"), self._stores)
         self._own_ring = Ring(device, 1)
         self._inline = Preparer(model, source, self._own_ring, device, device.compute, self._stores)
-        self._remembered: Future[None] | None = None  # the last that was kept aside
 
     @property
     def staging_bytes(self) -> int:
@@ -130,17 +130,16 @@ class Forwards:
 
     def _submit(self, launch: Launch) -> Future[Computed]:
         answer: Future[Computed] = Future()
-        ahead = self._rows if self._overlapped and not self._prepared_here(launch) else None
-        early = ahead.submit(self._prepare, launch, self._ahead) if ahead else None
+        early = self._rows.submit(self._prepare, launch) if self._rows and self._overlapped else None
         self._compute.submit(self._run, launch, early, answer)
         return answer
 
     # ---- on the rows thread ------------------------------------------------------------------------------------------
 
-    def _prepare(self, launch: Launch, prepare: Preparer) -> _Early:
+    def _prepare(self, launch: Launch) -> _Early:
         keep = launch.keep()
         sequences = list(compress(launch.sequences, keep))
-        return _Early(keep, prepare(sequences) if sequences else None)
+        return _Early(keep, self._ahead(sequences) if sequences else None)
 
     # ---- on the compute thread ---------------------------------------------------------------------------------------
 
@@ -158,6 +157,8 @@ class Forwards:
     def _issue(self, launch: Launch, early: Future[_Early] | None, answer: Future[Computed]) -> _Running | None:
         """Issue the forward of those that still have a caller; None: nobody has."""
         stream, finish, out_of_memory = self._device.compute, None, False
+        if early is None and self._rows is not None:
+            early = self._rows.submit(self._prepare, launch)
         prepared, error, keep = self._received(launch, early)
         sequences = list(compress(launch.sequences, keep))
         if not sequences:
@@ -194,7 +195,7 @@ class Forwards:
         early, error = None, None
         try:
             with self._waiting("rows"):
-                early = self._early(launch, future)
+                early = None if future is None else future.result()
         except Exception as failure:
             error = failure
         with ExitStack() as undo:
@@ -205,18 +206,6 @@ class Forwards:
                 undo.pop_all()
                 return early.prepared, None, keep
         return None, error, keep
-
-    def _early(self, launch: Launch, future: Future[_Early] | None) -> _Early | None:
-        if future is None and self._rows is not None:
-            # what was computed before is to be found, so it has to be kept first
-            if self._prepared_here(launch) and (self._remembered is None or self._remembered.done()):
-                return self._prepare(launch, self._inline)
-            future = self._rows.submit(self._prepare, launch, self._ahead)
-        return None if future is None else future.result()
-
-    def _prepared_here(self, launch: Launch) -> bool:
-        """Whether there is nothing to prepare it beside, and no use in waking another thread."""
-        return launch.alone and not self._device.runs_ahead
 
     def _use_threads(self, num_tokens: int) -> int:
         """Chosen now and not at the launch: the batch before, which may have collapsed, is known."""
@@ -230,7 +219,7 @@ class Forwards:
     def _launch(self, prepared: Prepared, sequences: Sequence[SequenceInput], batch_id: int) -> _Finish:
         tenants, stream = prepared.batch.tenants, self._device.compute
         with prepared.read_by(stream), stream.current():
-            check_owned(tenants)
+            _check_owned(tenants)
             arriving = [a for tenant in tenants if (a := self._arriving(tenant)) is not None and not a.done()]
             feed = LaneFeed(prepared, arriving, stream, self._waiting, self._streams)
             finish = self._model.launch(prepared.batch, feed)
@@ -240,7 +229,7 @@ class Forwards:
 
         def answers() -> list[Tensor]:
             outputs = finish()
-            check_owned(tenants)
+            _check_owned(tenants)
             return outputs
 
         def remember() -> None:
@@ -270,7 +259,7 @@ class Forwards:
         """Wait for the answers of a batch, and give them out if there is nothing wrong with any."""
         with _told(running.answer):
             outcomes = self._collected(running)
-            if outcomes and all(map(is_finite, outcomes)):
+            if outcomes and all(map(_is_finite, outcomes)):
                 compute_s = running.end.since_s(running.begin)
                 assert running.finish is not None  # it gave the outcomes
                 work, ways = running.finish.work, running.finish.ways
@@ -309,7 +298,7 @@ class Forwards:
             return
         try:
             if self._rows is not None:
-                self._remembered = self._rows.submit(self._remember, running)
+                self._rows.submit(self._remember, running)
             else:
                 self._remember(running)
         except RuntimeError:  # the lanes are closing
@@ -377,7 +366,7 @@ class Forwards:
             return [(ComputeFailed(f"the forward pass of this tenant failed: {error}"), Way())] * len(sequences)
         broken = ComputeFailed("the tenant gave numbers that are not finite for this input; look at its training")
         return [
-            (output if is_finite(output) else broken, way) for output, way in zip(outputs, finish.ways, strict=True)
+            (output if _is_finite(output) else broken, way) for output, way in zip(outputs, finish.ways, strict=True)
         ]
 
 
@@ -394,3 +383,16 @@ def _failed(error: Exception, num_sequences: int) -> bool:
     """Log why a batch failed. Whether memory was short."""
     _log.error("a batch of %d sequences failed; trying tenant by tenant", num_sequences, exc_info=error)
     return is_out_of_memory(error)
+
+
+def _check_owned(tenants: Iterable[ResidentTenant]) -> None:
+    """The last line against the worst bug: no answer leaves that was computed with another tenant's module."""
+    for tenant in tenants:
+        if not tenant.owned():
+            raise ComputeFailed(
+                f"the slots of {tenant.digest[:12]} changed hands while in use; this is a bug, report it"
+            )
+
+
+def _is_finite(outcome: Outcome) -> bool:
+    return isinstance(outcome, Tensor) and bool(np.isfinite(outcome.numpy()).all())

@@ -8,52 +8,34 @@ from dataclasses import dataclass, replace
 from functools import partial
 from threading import Lock
 
-import numpy as np
 from torch import Tensor
 
 from runtime.errors import ComputeFailed
 from runtime.request import Way
-from vbert.arena import ResidentTenant
 from vbert.errors import VbertError
 from vbert.packing import SequenceInput
 
-__all__ = ["LEAST_WORK", "LEFT", "Computed", "Launch", "Outcome", "check_owned", "is_finite", "joined"]
+__all__ = ["LEAST_WORK", "LEFT", "Computed", "Launch", "Outcome", "joined"]
 
 Outcome = Tensor | VbertError
 LEFT = ComputeFailed("nobody waits for this answer any more")  # and so nobody will read this
 LEAST_WORK = 0.25  # a batch of which less was computed says nothing of how fast others are
 
 
-def check_owned(tenants: Iterable[ResidentTenant]) -> None:
-    """The last line against the worst bug: no answer leaves that was computed with another tenant's module."""
-    for tenant in tenants:
-        if not tenant.owned():
-            raise ComputeFailed(
-                f"the slots of {tenant.digest[:12]} changed hands while in use; this is a bug, report it"
-            )
-
-
-def is_finite(outcome: Outcome) -> bool:
-    return isinstance(outcome, Tensor) and bool(np.isfinite(outcome.numpy()).all())
-
-
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One batch as it was asked for. wanted: which sequences still have a caller; None: all have. alone: nothing is in
-    flight that it could be prepared beside."""
+    """One batch as it was asked for. wanted: which sequences still have a caller; None: all have."""
 
     batch_id: int
     sequences: Sequence[SequenceInput]
     wanted: Callable[[], Iterable[bool]] | None = None
-    alone: bool = False
 
     def keep(self) -> list[bool]:
         return [True] * len(self.sequences) if self.wanted is None else list(self.wanted())
 
     def part(self, places: Sequence[int]) -> Launch:
         """Of some of its sequences."""
-        sequences = [self.sequences[i] for i in places]
-        return replace(self, sequences=sequences, wanted=partial(self._wanted, places), alone=False)
+        return replace(self, sequences=[self.sequences[i] for i in places], wanted=partial(self._wanted, places))
 
     def _wanted(self, places: Sequence[int]) -> list[bool]:
         keep = self.keep()

@@ -92,12 +92,12 @@ class Pipeline:
         """
         num_tokens = sum(len(s.token_ids) for s in sequences)
         self._expect(num_tokens)
-        if alone := not self.in_flight:
+        if not self.in_flight:
             self._moved_s = self._clock.now_s()
         self.in_flight += 1
         loop = asyncio.get_running_loop()
         finished = partial(self._finished, done, len(sequences))
-        future = self._forwards.submit(Launch(next(self._ids), sequences, wanted, alone))
+        future = self._forwards.submit(Launch(next(self._ids), sequences, wanted))
         future.add_done_callback(lambda computed: loop.call_soon_threadsafe(finished, computed))
 
     async def replay(self, sequences: Sequence[SequenceInput]) -> list[Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import Future
 from itertools import chain, combinations
 
 import pytest
@@ -119,56 +118,27 @@ def test_what_is_done_ahead_is_known(modules, server):
         assert computed(inline, Launch(1, modules.sequences((None,)))).ahead_s == 0
 
 
-def test_a_batch_alone_is_prepared_where_it_is_computed(modules, server):
-    """But not before the rows thread has kept what was computed before, which it may ask for."""
-
-    def threads_of(alone):
-        def wanted():
-            threads.append(threading.get_ident())
-            return [True] * 2
-
-        threads = []
-        got = computed(server, Launch(1, modules.sequences((None,)), wanted, alone))
-        for outcome, want in zip(got.outcomes, modules.answers((None,)), strict=True):
-            torch.testing.assert_close(outcome, want, atol=1e-5, rtol=0)
-        assert got.ahead_s > 0
-        assert server.forwards.ring.num_free == server.forwards.ring.size
-        return threads
-
-    compute, rows = (
-        lane.submit(threading.get_ident).result() for lane in (server.forwards._compute, server.forwards._rows)
-    )
-    assert threads_of(alone=False) == [rows, compute]
-    for _ in range(2):
-        assert threads_of(alone=True) == [compute, compute]
-    server.forwards._remembered = Future()
-    assert threads_of(alone=True) == [rows, compute]
-
-
-@pytest.mark.parametrize("alone", [False, True])
-def test_callers_that_leave_after_the_rows_were_gathered_are_not_computed(modules, server, alone):
+def test_callers_that_leave_after_the_rows_were_gathered_are_not_computed(modules, server):
     asked = iter([[True] * 4, [True, True, False, False]])
     server.run([(0, 1)])
     sequences = modules.sequences((0, 1), resident=server.resident)
-    got = computed(server, Launch(9, sequences, lambda: next(asked), alone))
+    got = computed(server, Launch(9, sequences, lambda: next(asked)))
     assert got.num_tokens == sum(len(s.token_ids) for s in sequences[:2])
     assert [isinstance(outcome, ComputeFailed) for outcome in got.outcomes] == [False, False, True, True]
     torch.testing.assert_close(got.outcomes[1], modules.answers((0, 1))[1], atol=1e-5, rtol=0)
     assert server.forwards.ring.num_free == server.forwards.ring.size
 
 
-@pytest.mark.parametrize("alone", [False, True])
-def test_callers_that_all_leave_cost_nothing_and_leak_nothing(modules, server, alone):
+def test_callers_that_all_leave_cost_nothing_and_leak_nothing(modules, server):
     for asked in ([[True] * 2, [False] * 2], [[False] * 2, [False] * 2]):
         answers = iter(asked)
-        got = computed(server, Launch(9, modules.sequences((None,)), lambda answers=answers: next(answers), alone))
+        got = computed(server, Launch(9, modules.sequences((None,)), lambda answers=answers: next(answers)))
         assert (got.num_tokens, got.compute_s) == (0, 0.0)
     assert server.forwards.ring.num_free == server.forwards.ring.size
 
 
-@pytest.mark.parametrize("alone", [False, True])
-def test_a_bug_of_ours_is_told_and_stops_no_lane(modules, server, alone):
-    lost = server.forwards.submit(Launch(1, modules.sequences((None,)), lambda: 1 // 0, alone))
+def test_a_bug_of_ours_is_told_and_stops_no_lane(modules, server):
+    lost = server.forwards.submit(Launch(1, modules.sequences((None,)), lambda: 1 // 0))
     with pytest.raises(ZeroDivisionError):
         lost.result(20)
     assert len(computed(server, Launch(2, modules.sequences((None,)))).outcomes) == 2

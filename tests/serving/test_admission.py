@@ -240,7 +240,7 @@ async def test_a_caller_that_left_is_not_computed(serving):
 
 async def test_a_caller_that_left_after_the_launch_is_not_counted_as_computed(serving):
     async with serving() as engine:
-        with held(engine._core.lanes.compute):
+        with held(engine._core.lanes.rows):
             gone = asyncio.create_task(engine.embed("tiny", TEXTS))
             await until(lambda: engine.snapshot().in_flight_batches == 1)
             gone.cancel()
