@@ -13,14 +13,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import compress, groupby
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from runtime.clock import Clock
 from runtime.errors import ComputeFailed
 from runtime.lane_feed import Arriving, LaneFeed
-from runtime.launch import LEAST_WORK, LEFT, Computed, Launch, Outcome, joined
+from runtime.launch import LEAST_WORK, LEFT, Computed, Launch, Outcome, is_finite, joined
 from runtime.lower_stores import LowerStores, without_stores
 from runtime.operator_streams import StreamChoice
 from runtime.pressure import is_out_of_memory
@@ -130,8 +129,15 @@ class Forwards:
 
     def _submit(self, launch: Launch) -> Future[Computed]:
         answer: Future[Computed] = Future()
-        early = self._rows.submit(self._prepare, launch) if self._rows and self._overlapped else None
-        self._compute.submit(self._run, launch, early, answer)
+
+        def issue(early: Future[_Early] | None) -> None:
+            with _told(answer):
+                self._compute.submit(self._run, launch, early, answer)
+
+        if self._rows and self._overlapped:  # the compute thread is not woken before there is something to compute
+            self._rows.submit(self._prepare, launch).add_done_callback(issue)
+        else:
+            issue(None)
         return answer
 
     # ---- on the rows thread ------------------------------------------------------------------------------------------
@@ -259,7 +265,7 @@ class Forwards:
         """Wait for the answers of a batch, and give them out if there is nothing wrong with any."""
         with _told(running.answer):
             outcomes = self._collected(running)
-            if outcomes and all(map(_is_finite, outcomes)):
+            if outcomes and all(map(is_finite, outcomes)):
                 compute_s = running.end.since_s(running.begin)
                 assert running.finish is not None  # it gave the outcomes
                 work, ways = running.finish.work, running.finish.ways
@@ -366,7 +372,7 @@ class Forwards:
             return [(ComputeFailed(f"the forward pass of this tenant failed: {error}"), Way())] * len(sequences)
         broken = ComputeFailed("the tenant gave numbers that are not finite for this input; look at its training")
         return [
-            (output if _is_finite(output) else broken, way) for output, way in zip(outputs, finish.ways, strict=True)
+            (output if is_finite(output) else broken, way) for output, way in zip(outputs, finish.ways, strict=True)
         ]
 
 
@@ -392,7 +398,3 @@ def _check_owned(tenants: Iterable[ResidentTenant]) -> None:
             raise ComputeFailed(
                 f"the slots of {tenant.digest[:12]} changed hands while in use; this is a bug, report it"
             )
-
-
-def _is_finite(outcome: Outcome) -> bool:
-    return isinstance(outcome, Tensor) and bool(np.isfinite(outcome.numpy()).all())

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from threading import Lock
 
+import numpy as np
 from torch import Tensor
 
 from runtime.errors import ComputeFailed
@@ -15,11 +16,15 @@ from runtime.request import Way
 from vbert.errors import VbertError
 from vbert.packing import SequenceInput
 
-__all__ = ["LEAST_WORK", "LEFT", "Computed", "Launch", "Outcome", "joined"]
+__all__ = ["LEAST_WORK", "LEFT", "Computed", "Launch", "Outcome", "is_finite", "joined"]
 
 Outcome = Tensor | VbertError
 LEFT = ComputeFailed("nobody waits for this answer any more")  # and so nobody will read this
 LEAST_WORK = 0.25  # a batch of which less was computed says nothing of how fast others are
+
+
+def is_finite(outcome: Outcome) -> bool:
+    return isinstance(outcome, Tensor) and bool(np.isfinite(outcome.numpy()).all())
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,18 +42,20 @@ class NgramLearner:
             # idle twice: since the last look, probably; between two texts of who sends one after another it is not
             free = was_idle and before
             while self.ngrams.may_want and (free or self.clock.now_s() >= next_s):
-                took_s = await asyncio.get_running_loop().run_in_executor(self.compute, self._learn)
+                took_s, done = await asyncio.get_running_loop().run_in_executor(self.compute, self._learn)
                 next_s = self.clock.now_s() + took_s / _SHARE
-                free = free and self.idle()
+                was_idle = was_idle and self.idle()
+                free = free and was_idle and done
 
-    def _learn(self) -> float:
-        """Seconds it took. On the compute thread."""
-        began_s, keys = self.clock.now_s(), self.ngrams.wanted(_PIECE)
+    def _learn(self) -> tuple[float, bool]:
+        """Seconds it took, and whether it could be done. On the compute thread."""
+        began_s, keys, done = self.clock.now_s(), self.ngrams.wanted(_PIECE), True
         try:
             if len(keys):
                 with self.device.compute.current():
                     rows = self.local.encode(keys).to("cpu")  # waits for a GPU
                 self.ngrams.keep(keys, rows)
         except Exception:
+            done = False
             _log.exception("%d n-grams that texts did without could not be computed", len(keys))
-        return self.clock.now_s() - began_s
+        return self.clock.now_s() - began_s, done

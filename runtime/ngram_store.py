@@ -257,7 +257,7 @@ class NgramStore:
 
     def wanted(self, count: int) -> Keys:
         """At most so many n-grams that it would be good to have, each given out once: those that more than one text did
-        without. More than a few thousand are not waited for."""
+        without. Of more than some ten thousand, those that came first are forgotten."""
         if not count:
             return np.empty(0, np.uint64)
         with self.lock:
@@ -279,8 +279,8 @@ class NgramStore:
         absent = self._cache.find(keys) < 0  # but for those that were computed since
         keys, counts = keys[absent], counts[absent]
         self._wanted |= dict.fromkeys(keys[self._cache.worth_keeping(keys) | (counts > 1)].tolist())
-        while len(self._wanted) > _MOST_WANTED:
-            del self._wanted[next(iter(self._wanted))]
+        for key in list(itertools.islice(self._wanted, max(0, len(self._wanted) - _MOST_WANTED))):
+            del self._wanted[key]
 
     def keep(self, keys: Keys, rows: Tensor) -> None:
         """Rows [n, 3, H] of wanted n-grams, in host memory."""

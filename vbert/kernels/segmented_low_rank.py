@@ -17,7 +17,7 @@ __all__ = ["LowRankSite", "segmented_low_rank"]
 
 LowRankSite = tuple[Tensor, Tensor, Tensor]  # a_slots, b_slots, out
 
-_FEW = 2**17  # multiplications; for fewer, setting out for the matrix unit takes longer than float32 takes in all
+_FEW = 2**18  # multiplications; for fewer, setting out for the matrix unit takes longer than float32 takes in all
 
 
 def segmented_low_rank(
@@ -65,7 +65,7 @@ def _alone(hidden: Tensor, sites: Sequence[LowRankSite], segments: Segments) -> 
     slot, rows = segments.only
     own = hidden[rows]
     for a, b, out in sites:
-        if hidden.dtype != torch.float32 and own.numel() * a.shape[2] <= _FEW:
+        if hidden.dtype != torch.float32 and len(own) * a.shape[2] * (a.shape[1] + b.shape[2]) <= _FEW:
             out[rows].add_(own.float() @ a[slot].float() @ b[slot].float())
         else:
             out[rows].addmm_(own @ a[slot], b[slot])
