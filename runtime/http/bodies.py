@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from runtime.http.errors import InvalidValue, MalformedBody
 
@@ -104,12 +105,14 @@ class ClassifyBody(InferBody):
     )
     input: ClassifyInput = Field(
         description="a text, or a list of texts and pairs of texts; an item that is a list of two texts is a pair"
+        "; none of them empty"
     )
 
 
 class TokenClassifyBody(InferBody):
     input: WordsInput = Field(
         description="a text, or a list of texts and lists of words; an item that is a list is one text in words"
+        "; none of them empty"
     )
 
 
@@ -120,7 +123,9 @@ class RerankBody(InferBody):
 
 
 class ScoreBody(InferBody):
-    input: list[Pair] = Field(min_length=1, fail_fast=True, description="a list of pairs of texts: [[a, b], ...]")
+    input: list[Pair] = Field(
+        min_length=1, fail_fast=True, description="a list of pairs of texts, none of them empty: [[a, b], ...]"
+    )
 
 
 class ActivateBody(Body):
@@ -155,8 +160,10 @@ def parse_query(model: type[Model], query: dict[str, str]) -> Model:
 
 
 def _refusal(model: type[BaseModel], error: ValidationError) -> InvalidValue | MalformedBody:
-    """One sentence about the first thing that is wrong. Of a union's many complaints only the field counts."""
-    first = error.errors(include_url=False)[0]
+    """One sentence about the first field that is wrong. Of a union's many complaints the one counts that was reached
+    last, as that of the member that fits best."""
+    errors = error.errors(include_url=False)
+    first = errors[0]
     if first["type"] == "json_invalid":
         return MalformedBody(f"the body is not JSON in UTF-8: {first['ctx']['error']}; send one JSON object")
     if not first["loc"]:
@@ -166,8 +173,18 @@ def _refusal(model: type[BaseModel], error: ValidationError) -> InvalidValue | M
     if field is None:
         known = ", ".join(model.model_fields)
         return InvalidValue(f"{name[:80]} is not known here; the fields are {known}", param=name[:80])
-    found = "missing" if (first["type"], len(first["loc"])) == ("missing", 1) else _short(first["input"])
-    return InvalidValue(f"{name} is {found}; it must be {field.description}", param=name)
+    if (first["type"], len(first["loc"])) == ("missing", 1):
+        return InvalidValue(f"{name} is missing; it must be {field.description}", param=name)
+    last = max((one for one in errors if one["loc"][:1] == first["loc"][:1]), key=_place)
+    place = "".join(f"[{i}]" for i in _place(last))
+    value = _short(last["input"])
+    return InvalidValue(f"{name}{place} is {value}; {name if place else 'it'} must be {field.description}", param=name)
+
+
+def _place(error: ErrorDetails) -> list[int]:
+    """The indices that lead from a field to the wrong value; where one is missing, to what it is missing from."""
+    indices = [part for part in error["loc"][1:] if isinstance(part, int)]
+    return indices[:-1] if error["type"] == "missing" else indices
 
 
 def _short(value: Any) -> str:

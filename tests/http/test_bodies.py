@@ -121,16 +121,32 @@ async def test_what_is_not_json_is_malformed(client, data):
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_half_a_pair_is_not_called_a_missing_field(client):
-    answer = await client.ask("POST", "/v1/score", json=M | {"input": [["a"]]})
-    assert answer.json["error"]["message"].startswith("input is a list of 1; it must be a list of pairs")
+@pytest.mark.parametrize(
+    ("path", "value", "start"),
+    [
+        ("/v1/score", [["a"]], "input[0] is a list of 1; input must be a list of pairs"),
+        ("/v1/score", [["a", "b"], ["a", " "]], "input[1][1] is ' '; "),
+        ("/v1/embeddings", "", "input is ''; it must be a text, "),
+        ("/v1/embeddings", ["a", ""], "input[1] is ''; "),
+        ("/v1/embeddings", [1, "a"], "input[1] is 'a'; "),
+        ("/v1/embeddings", [[1], [2, -1]], "input[1][1] is -1; "),
+        ("/v1/classify", ["a", ["b", ""]], "input[1][1] is ''; "),
+        ("/v1/classify", ["a", ["b", "c", "d"]], "input[1] is a list of 3; "),
+        ("/v1/token_classify", [""], "input[0] is ''; input must be a text, "),
+        ("/v1/token_classify", [["a", ""]], "input[0][1] is ''; "),
+        ("/v1/token_classify", [], "input is a list of 0; it must be a text, "),
+    ],
+)
+async def test_the_wrong_item_is_named(client, path, value, start):
+    answer = await client.ask("POST", path, json=M | {"input": value})
+    assert answer.json["error"]["message"].startswith(start)
 
 
 async def test_a_million_wrong_items_make_one_short_error():
     async with served(FakeEngine()) as client:
         answer = await client.ask("POST", EMBED, json=M | {"input": [None] * 150_000})
     assert answer.status == 422
-    assert answer.json["error"]["message"].startswith("input is a list of 150000; it must be a text, ")
+    assert answer.json["error"]["message"].startswith("input[0] is None; input must be a text, ")
 
 
 @pytest.mark.parametrize(
