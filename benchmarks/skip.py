@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import random
 import tempfile
 import time
 from collections import Counter
@@ -349,7 +350,7 @@ def _own_table(backbone: Backbone, texts: Sequence[str], path: Path) -> str:
 async def _take_turns(
     every: list[Served], args: argparse.Namespace, texts: Iterator[str], case: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    rows = []
+    rows, turns = [], random.Random(0)
     for clients in args.concurrency:
         for served in every:
             served.seen = Seen()
@@ -360,8 +361,7 @@ async def _take_turns(
             work = list(itertools.islice(texts, count))
             if not work:
                 break
-            first = done % len(every)
-            for served in every[first:] + every[:first]:
+            for served in turns.sample(every, len(every)):  # the one before leaves its weights in the caches
                 await served.turn(work, clients)
                 await served.settle()
             if done % (rounds // args.rounds) == 0:
