@@ -88,6 +88,7 @@ class FakeStream:
     def copy(self, dst, src):
         assert (dst.shape, dst.dtype) == (src.shape, src.dtype)
         self.device.maybe_fail()
+        self.device.keep(dst)
         self.issue(lambda: dst.copy_(src), reads=[src], writes=[dst])
 
     def record(self):
@@ -135,8 +136,7 @@ class FakeDevice:
         return self._streams[-1]
 
     def pinned(self, num_bytes):
-        self._kept.append(torch.empty(num_bytes, dtype=torch.uint8))  # an address means one buffer for ever
-        return self._kept[-1]
+        return self.keep(torch.empty(num_bytes, dtype=torch.uint8))
 
     empty = pinned
 
@@ -144,6 +144,11 @@ class FakeDevice:
         with self.lock:
             while self.step():
                 pass
+
+    def keep(self, tensor):
+        """An address means one buffer for ever."""
+        self._kept.append(tensor)
+        return tensor
 
     # ---- what a test tells ---------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from vbert.errors import VbertError
 SETTINGS = list(chain.from_iterable(combinations(LANES, n) for n in range(4)))
 BATCHES = [(0, 1), (2,), (None, 3), (0, 4), (1, 2), (4,), (3, 0), (1,)]
 BATCHES += [(None,), (1,), (None, 1), (1,)]  # nothing to load: three batches in flight
+BATCHES += [(None, 1), (None,)]  # of texts that were there before
 LENGTHS = (5, 9, 5)
 
 
@@ -30,6 +31,8 @@ SCENES = (
     # a forward that raises half way twice, and then its slot goes to another tenant
     {"lanes": LANES, "batches": [(0,), (1,), (2,), (0,), (3,)], "depth": 1, "fail_launches": {3, 4}},
     {"lanes": LANES, "fail_copies": {1, 2, 40, 41}},
+    {"lanes": LANES, "stored": True},
+    {"lanes": ("modules", "compute"), "stored": True},
 )
 
 
@@ -41,19 +44,23 @@ def same(modules, outcomes, *, batches=BATCHES, errors=False):
                 torch.testing.assert_close(outcome, want, atol=1e-5, rtol=0)
 
 
-def serve(modules, words, lanes, *, batches=BATCHES, depth=3, seed=0, drop=None, fail_copies=(), **faults):
+def serve(
+    modules, words, lanes, *, batches=BATCHES, depth=3, seed=0, drop=None, fail_copies=(), stored=False, **faults
+):
     device = FakeDevice(seed, drop=drop, fail=fail_copies)
-    with Server(modules, device, lanes=lanes, words=words, **faults) as server:
+    with Server(modules, device, lanes=lanes, words=words, stored=stored, **faults) as server:
         outcomes = server.run(batches, lengths=LENGTHS, depth=depth)
     assert server.forwards.ring.num_free == server.forwards.ring.size
+    assert server.num_hits > 2 or not stored or fail_copies or faults
     same(modules, outcomes, batches=batches, errors=bool(fail_copies or any(faults.values())))
     return device, outcomes
 
 
 @pytest.mark.parametrize("lanes", SETTINGS, ids=lambda lanes: "+".join(lanes) or "none")
 @pytest.mark.parametrize("mapped", [False, True])
-def test_any_setting_is_ordered_and_gives_the_answers_of_the_plain_forward(modules, words, lanes, mapped):
-    device, _ = serve(modules, words if mapped else None, lanes)
+@pytest.mark.parametrize("stored", [False, True])
+def test_any_setting_is_ordered_and_gives_the_answers_of_the_plain_forward(modules, words, lanes, mapped, stored):
+    device, _ = serve(modules, words if mapped else None, lanes, stored=stored)
     assert not device.races
 
 
@@ -65,7 +72,7 @@ NUMBERS = st.sets(st.integers(0, 20), max_size=6)
 def test_delays_and_failures_never_break_the_order(modules, words, seed, copies, gathers, launches):
     """A batch that fails is run again tenant by tenant; a launch that fails again is that tenant's trouble."""
     faults = {"fail_copies": copies, "fail_gathers": gathers, "fail_launches": launches}
-    device, _ = serve(modules, words, LANES, seed=seed, **faults)
+    device, _ = serve(modules, words, LANES, seed=seed, stored=bool(seed % 2), **faults)
     assert not device.races
 
 

@@ -6,13 +6,15 @@ import hashlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from runtime.clock import MonotonicClock
 from runtime.forwards import Forwards
 from runtime.launch import Launch
+from runtime.lower_stores import LowerStores
+from runtime.sequence_store import SequenceStore
 from runtime.threads import ThreadChoice
 from runtime.uploads import Uploads, module_pieces
 from tests.lanes.fake_device import FakeDevice, Telling
@@ -46,11 +48,22 @@ class Modules:
         resident = self.resident if resident is None else resident
         return [
             SequenceInput(
-                [5 + n + i for n in range(length + i)], [0] * (length + i), None if t is None else resident[t]
+                [5 + n + i for n in range(length + i)],
+                [0] * (length + i),
+                None if t is None else resident[t],
+                scope=b"",  # where there is a store, the bare backbone's sequences are kept and found
             )
             for t in tenants
             for i in range(2)
         ]
+
+    def store(self, device):
+        """Of the states that enter the layer in the middle."""
+        config = self.backbone.config
+        layer, width = config.num_layers // 2, config.hidden_size
+        fingerprint = self.backbone.fingerprint
+        store = SequenceStore(layer=layer, width=width, dtype=FLOAT, fingerprint=fingerprint, num_bytes=2**20)
+        return ToldStores(sequences=store, device=device)
 
     def answers(self, tenants, length=5):
         return self.model.forward(self.model.pack(self.sequences(tenants, length=length)))
@@ -72,6 +85,24 @@ class ToldSource:
         self.source.gather(rows, out)
 
 
+@dataclass(frozen=True)
+class ToldStores(LowerStores):
+    """Stores that say what they write and read, as if in pinned memory."""
+
+    device: object = None
+
+    def routes(self, sequences, *, pin):
+        routes = super().routes(sequences, pin=False)
+        if pin and routes.found is not None:
+            self.device.touch(writes=[self.device.keep(routes.found.rows)])
+        return routes
+
+    def remember(self, routes, sequences, states, ngrams):
+        if states is not None and isinstance(self.device, FakeDevice):
+            self.device.touch(reads=[states])
+        super().remember(routes, sequences, states, ngrams)
+
+
 class LazyModel(Model):
     """The model on a fake device: issues a forward and returns. fail: launches, by number, that raise half way."""
 
@@ -84,17 +115,26 @@ class LazyModel(Model):
         if not isinstance(self.fake, FakeDevice):
             self._maybe_fail()
             return super().launch(batch, feed)
-        stream, rows, answers = self.fake.compute, None, []
+        stream, rows, answers = self.fake.compute, _Rows(), []
         for i in range(-1, self.config.num_layers + 1):
             feed.before_layer(i)
             reads = [dst for t in batch.tenants for layer, dst, _ in self.pieces.get(t.digest, ()) if layer == i]
-            if i == -1 and (rows := feed.word_rows()) is not None:
-                reads.append(rows)
+            if i == -1 and (words := feed.word_rows()) is not None:
+                rows.words = words
+                reads.append(words)
+            if (junction := batch.junction) is not None and i == junction.layer:
+                if len(junction.kept):
+                    rows.kept = self.fake.keep(torch.empty(len(junction.kept), self.config.hidden_size))
+                    stream.issue(lambda: None, writes=[rows.kept])
+                    feed.keep(rows.kept)
+                if junction.num_given:
+                    rows.given = feed.given_rows()
+                    reads.append(rows.given)
             stream.issue(lambda: None, reads=reads)
             if i == 0:
                 self._maybe_fail()
         plain = super().launch
-        stream.issue(lambda: answers.extend(plain(batch, _Rows(rows))()))
+        stream.issue(lambda: answers.extend(plain(batch, rows)()))
         event = stream.record()
 
         def finish():
@@ -108,12 +148,22 @@ class LazyModel(Model):
             raise RuntimeError("CUDA error: out of memory")
 
 
+@dataclass
 class _Rows:
-    def __init__(self, rows):
-        self.rows = rows
+    """The feed of what runs later: all that it takes was asked for when it was issued."""
+
+    words: torch.Tensor | None = None
+    given: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
 
     def word_rows(self):
-        return self.rows
+        return self.words
+
+    def given_rows(self):
+        return self.given
+
+    def keep(self, rows):
+        self.kept.copy_(rows)
 
     def before_layer(self, i):
         pass
@@ -122,7 +172,7 @@ class _Rows:
 class Server:
     """Room for three modules on the device, and for one on its way in host memory."""
 
-    def __init__(self, modules, device, *, lanes=LANES, words=None, fail_gathers=(), fail_launches=()):
+    def __init__(self, modules, device, *, lanes=LANES, words=None, stored=False, fail_gathers=(), fail_launches=()):
         self.modules, self.device, self.lanes = modules, device, lanes
         config = modules.backbone.config, modules.backbone.fingerprint, FLOAT
         self._host, self._dev = Arena(*config, 2**20), Arena(*config, 2**20)
@@ -132,6 +182,7 @@ class Server:
         self._stack = ExitStack()
         model = LazyModel(modules.backbone, device, self._pieces, fail_launches)
         self.source = None if words is None else ToldSource(words, device, fail_gathers)
+        self._stores = modules.store(device) if stored else LowerStores()
         fake = isinstance(device, FakeDevice)
         compute, rows, results = (
             self._stack.enter_context(Telling(device) if fake else ThreadPoolExecutor(1)) for _ in range(3)
@@ -146,6 +197,7 @@ class Server:
             results=results,
             overlapped="compute" in lanes,
             source=self.source,
+            stores=self._stores,
             arriving=lambda tenant: self._arrivals.get(tenant.digest),
         )
         self._in_flight = deque()
@@ -156,6 +208,10 @@ class Server:
     def __exit__(self, *_):
         self._stack.close()
         self.device.close()
+
+    @property
+    def num_hits(self):
+        return 0 if self._stores.sequences is None else self._stores.sequences.counts.hits
 
     def run(self, batches, *, lengths=(5, 9, 5), depth=3):
         """Outcomes of every batch, up to `depth` of them in flight; three are more than there are staging buffers."""
