@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from training.devices import training_device
 from training.distill_config import DistillConfig
 from training.distill_losses import DistilLoss, MaskedLoss
-from training.distill_state import Progressed, finished, read_state, write_state
-from training.export_skip import student_name, write_folder, write_window
+from training.distill_state import Progressed, begun, finished, read_state, write_state
+from training.export_skip import holds_student, student_name, write_folder, write_window
 from training.progress import Progress, silent
 from training.skip_student import Batch, FullLower, SkipStudent, Teacher, random_kept
 from training.texts import Texts, draw
@@ -90,7 +90,6 @@ def run(config: DistillConfig, *, progress: Progress = silent) -> DistillReport:
         )
     student.to(device)
     after = run.measure(measured)
-    finished(config)
     report = DistillReport(
         path=folder,
         fingerprint=fingerprint,
@@ -107,6 +106,7 @@ def run(config: DistillConfig, *, progress: Progress = silent) -> DistillReport:
     (folder / "distilled.json").write_text(
         json.dumps({"settings": about, "report": asdict(report) | {"path": None}}, indent=1, default=str)
     )
+    finished(config)
     return report
 
 
@@ -114,6 +114,8 @@ def _check(config: DistillConfig, backbone: Backbone, folder: Path) -> None:
     """Whatever would go wrong after minutes or hours."""
     if folder.exists() and folder.resolve() == backbone.folder.resolve():
         raise ConfigError("out is the backbone's own folder; give another one", param="out")
+    if holds_student(folder) and not begun(config):  # tables and tenants may have been made with it
+        raise ConfigError(f"out {folder} has a finished backbone in it; delete it, or give another folder", param="out")
     if config.max_length > backbone.config.max_length:
         raise ConfigError(
             f"max_length is {config.max_length}, the backbone takes {backbone.config.max_length}; give at most that"

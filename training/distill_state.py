@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from training.distill_config import DistillConfig
 from vbert.errors import ConfigError, CorruptFile
 
-__all__ = ["Progressed", "read_state", "write_state"]
+__all__ = ["Progressed", "begun", "finished", "read_state", "write_state"]
 
 _FILE = "unfinished.safetensors"
 _OF_THE_RUN = ("out", "save_every_s", "device")  # settings that change nothing in the result
@@ -78,6 +78,10 @@ def read_state(
         return Progressed((state["before"][0], state["before"][1]), state["steps"], state["tokens"], state["seconds"])
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise CorruptFile(f"{path} is damaged ({error}); delete it to begin again") from error
+
+
+def begun(config: DistillConfig) -> bool:
+    return (Path(config.out) / _FILE).exists()
 
 
 def finished(config: DistillConfig) -> None:

@@ -21,10 +21,10 @@ from vbert.formats.tensors import read_json
 from vbert.formats.transformers_folder import Backbone, fingerprint
 from vbert.skip import SLOTS, SkipConfig
 
-__all__ = ["read_window", "skip_weights", "student_name", "write_folder", "write_window"]
+__all__ = ["holds_student", "read_window", "skip_weights", "student_name", "write_folder", "write_window"]
 
 _WINDOW, _WORDS = "window.safetensors", "word"
-_SERVED = ("config.json", "model.safetensors", "skip.json", "skip.safetensors")
+_SERVED = ("config.json", "model.safetensors", "model.safetensors.index.json", "skip.json", "skip.safetensors")
 _OTHER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"),
     *("modules.json", "sentence_bert_config.json", "1_Pooling/config.json"),
@@ -43,7 +43,6 @@ def write_folder(
     if kind == "window":
         raise ConfigError("a student of the kind window is for comparison; nothing serves it")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _WINDOW).unlink(missing_ok=True)  # of another student that was here
     for file in _OTHER_FILES:
         if (source.folder / file).is_file():
             (folder / file).parent.mkdir(exist_ok=True)
@@ -74,12 +73,15 @@ def write_folder(
 
 def write_window(folder: Path, student: SkipStudent, teacher: Backbone) -> None:
     """The lower end of a student of the kind *window*, for `read_window`. Raises OSError."""
-    for file in _SERVED:
-        (folder / file).unlink(missing_ok=True)  # of another student that was here
     tensors = {n: t.detach().cpu().contiguous() for n, t in student.lower.state_dict().items() if n != _WORDS}
     save_file(
         tensors, folder / _WINDOW, metadata={"shape": json.dumps(asdict(student.shape)), "teacher": teacher.fingerprint}
     )
+
+
+def holds_student(folder: Path) -> bool:
+    """Or some other backbone."""
+    return any((folder / file).is_file() for file in (_WINDOW, *_SERVED))
 
 
 def read_window(folder: Path, backbone: Backbone) -> tuple[WindowLower, int] | None:
