@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["add_flags"]
 
 _DTYPES = ("float16", "int8")
+_OF_A_TABLE = ("trigrams", "bigrams", "tokens", "bytes")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +26,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     build.add_argument("out", type=Path, metavar="FILE", help="table to write, or to replace beside its readers")
     build.add_argument("--backbone", type=Path, required=True, help="folder of the skip backbone")
     build.add_argument("--texts", nargs="+", required=True, help=".txt or .jsonl files, each also with .gz")
-    build.add_argument("--max-keys", type=int, default=20_000_000, help="n-grams counted at once, 16 bytes each")
+    keys = "n-grams counted at once, 16 bytes each (default: 20000000)"
+    build.add_argument("--max-keys", type=int, default=20_000_000, help=keys)
     build.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     _keep_flags(build, min_count=2, share="of all tri-grams in the text to cover")
 
@@ -46,15 +48,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     stats.add_argument("table", type=Path, metavar="TABLE")
     stats.add_argument("--texts", nargs="+", default=[], help="files to measure the coverage of")
     stats.add_argument("--backbone", type=Path, help="its tokenizer is needed with --texts")
-    for each in (build, merge, prune, stats):
+
+    check = commands.add_parser("check", help="read a whole table: is all of it as it was written?")
+    check.set_defaults(run=_check)
+    check.add_argument("table", type=Path, metavar="TABLE")
+    for each in (build, merge, prune, stats, check):
         add_json_flag(each)
 
 
 def _keep_flags(parser: argparse.ArgumentParser, *, min_count: int, share: str) -> None:
-    parser.add_argument("--coverage", type=float, default=1.0, help=f"share {share}")
-    parser.add_argument("--min-count", type=int, default=min_count, help="keep n-grams seen this often; tokens always")
-    parser.add_argument("--max-bytes", type=int, help="size of the file, but for its header")
-    parser.add_argument("--dtype", choices=_DTYPES, help="of the rows; int8 is half as large")
+    parser.add_argument("--coverage", type=float, default=1.0, help=f"share {share} (default: 1.0)")
+    least = f"keep n-grams seen this often; tokens always (default: {min_count})"
+    parser.add_argument("--min-count", type=int, default=min_count, help=least)
+    parser.add_argument("--max-bytes", type=int, help="size of the file, but for its header (default: any)")
+    parser.add_argument("--dtype", choices=_DTYPES, help="of the rows; int8 is half as large (default: float16)")
 
 
 def _build(args: argparse.Namespace) -> None:
@@ -68,6 +75,8 @@ def _build(args: argparse.Namespace) -> None:
     from vbert.tables import build_table, count_texts
     from vbert.tokenizer import Tokenizer
 
+    if not args.out.parent.is_dir():
+        raise Wrong(f"there is no folder {args.out.parent} to write {args.out.name} to; make it first")
     backbone = read_backbone(args.backbone)
     if backbone.skip is None:
         raise Wrong(f"{args.backbone} has no local layers; give the folder of a skip backbone, see `vbert distill`")
@@ -114,6 +123,14 @@ def _prune(args: argparse.Namespace) -> None:
     _show_table(args, entries=entries, of=len(table))
 
 
+def _check(args: argparse.Namespace) -> None:
+    from vbert.ngram.table import NgramTable
+
+    table = NgramTable(args.table, None)
+    table.check()
+    show({"table": str(args.table), "entries": len(table), "bytes": table.num_bytes}, as_json=args.json)
+
+
 def _stats(args: argparse.Namespace) -> None:
     from vbert.ngram.table import NgramTable
     from vbert.tables import describe_table
@@ -133,6 +150,9 @@ def _coverage(args: argparse.Namespace, table: Any) -> dict[str, Any]:
     if args.backbone is None:
         raise Wrong("--texts needs --backbone, whose tokenizer cuts them")
     backbone = read_backbone(args.backbone)
+    if backbone.skip is None:
+        raise Wrong(f"{args.backbone} has no local layers; give the folder of the skip backbone the table belongs to")
+    table.check_made_by(backbone.skip.base)
     tokenizer = Tokenizer.load(backbone.folder, backbone.config)
     found = coverage_of(table, _every_text(args.texts), tokenizer)
     shares = {"covered_by_trigrams": found.tri, "by_bigrams": found.bi, "by_tokens": found.uni}
@@ -151,4 +171,8 @@ def _kept(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _show_table(args: argparse.Namespace, **told: Any) -> None:
-    show({"table": str(args.out), **told, "bytes": args.out.stat().st_size}, as_json=args.json)
+    from vbert.ngram.table import NgramTable
+    from vbert.tables import describe_table
+
+    about = describe_table(NgramTable(args.out, None))
+    show({"table": str(args.out), **told} | {n: about[n] for n in _OF_A_TABLE}, as_json=args.json)

@@ -2,6 +2,8 @@
 
 import argparse
 import asyncio
+import contextlib
+import io
 import json
 
 import pytest
@@ -34,9 +36,16 @@ def test_files_are_words_or_parted_by_commas(words, from_variable, monkeypatch):
         monkeypatch.setenv("VBERT_OWN_TEXTS", "c.txt,d.txt")
     parser = argparse.ArgumentParser()
     add_flags(parser, DistillConfig)
+    assert "write them as 3,4" in _complaint(parser, "--upper", "a")
     settings = given(parser.parse_args(["--texts", *words, "--upper", "9,11"]), DistillConfig)
     own = {"own_texts": ("c.txt", "d.txt")} if from_variable else {}
     assert settings == {"texts": ("a.txt", "b.txt"), "upper": (9, 11)} | own
+
+
+def _complaint(parser, *args):
+    with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as said:
+        parser.parse_args(args)
+    return said.getvalue()
 
 
 @pytest.mark.slow
@@ -54,6 +63,9 @@ def test_from_a_plain_backbone_to_a_tenant_that_skips(ok, refused, backbone, cor
     told = ok("ngrams", "stats", table, "--texts", corpus, "--backbone", skip, "--json")
     assert (told["entries"], told["covered_by_trigrams"]) == (built["entries"], 1.0)
     assert told["entries"] == told["trigrams"] + told["bigrams"] + told["tokens"]
+    assert ok("ngrams", "check", table, "--json")["entries"] == built["entries"]
+    wrong = refused("ngrams", "stats", table, "--texts", corpus, "--backbone", backbone.folder)
+    assert "has no local layers" in wrong
     small = ok("ngrams", "prune", tmp_path / "small.ngrams", table, "--max-bytes", 20_000, "--dtype", "int8", "--json")
     assert small["entries"] < small["of"] == built["entries"]
     assert small["bytes"] < 25_000
@@ -61,8 +73,9 @@ def test_from_a_plain_backbone_to_a_tenant_that_skips(ok, refused, backbone, cor
     assert merged["entries"] == built["entries"]
 
     train = ("train", "t", "--backbone", skip, "--train", rows, "--store", store, "--epochs", 2, "--json")
-    report = ok(*train, "--paths", "plain,exact,backoff", "--top-layers", 1)
+    report = ok(*train, "--paths", "plain,exact,backoff", "--top-layers", 1, "--exits", 1)
     assert set(report["by_path"]) == {"plain", "exact", "backoff"}
+    assert (report["tenant"], set(report["exits"])) == ("t", {"threshold", "plain", "exact", "backoff"})
     assert "deltas above them only" in refused(*train, "--paths", "exact", "--top-layers", 2)
     assert "the backbone has no path exact" in refused(*train, "--paths", "exact", "--backbone", backbone.folder)
 
@@ -78,6 +91,10 @@ def test_what_is_no_skip_backbone_is_refused(refused, backbone, corpus, tmp_path
     build = ("ngrams", "build", tmp_path / "t", "--texts", corpus, "--backbone")
     assert "has no local layers" in refused(*build, backbone.folder)
     (tmp_path / "bad.ngrams").write_bytes(b"nothing")
-    assert "is damaged" in refused("ngrams", "stats", tmp_path / "bad.ngrams")
+    assert "is no n-gram table, or damaged" in refused("ngrams", "stats", tmp_path / "bad.ngrams")
+    assert "is a folder" in refused("ngrams", "stats", tmp_path)
+    assert "there is no folder" in refused(
+        "ngrams", "build", tmp_path / "none" / "t", "--texts", corpus, "--backbone", backbone.folder
+    )
     distil = ("distill", "--backbone", backbone.folder, "--skipped", 1, "--lower", 1, "--out", tmp_path / "x")
     assert "does not exist" in refused(*distil, "--texts", "none.txt")

@@ -43,6 +43,18 @@ def write(path, keys, *, fingerprint="sha256:f", dtype=torch.float16, rows=None,
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
+def test_damage_anywhere_is_found_by_who_reads_all(tmp_path, keys, dtype):
+    path = tmp_path / "t"
+    write(path, keys, dtype=dtype)
+    NgramTable(path, None).check()
+    data, begin = path.read_bytes(), 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    for place in (begin, (begin + len(data)) // 2, len(data) - 1):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises(CorruptFile, match="not as it was written"):
+            NgramTable(path, None).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
 def test_rows_come_back(tmp_path, keys, dtype, out_dtype):
     rows = write(tmp_path / "t", keys, dtype=dtype)

@@ -83,6 +83,8 @@ def head(
     """
     if not 0 < coverage <= 1:
         raise ConfigError(f"coverage is {coverage}; give a share above 0 and up to 1")
+    if min_count < 1:
+        raise ConfigError(f"min_count is {min_count}; give at least 1")
     length = num_tokens(keys)
     single = length == 1
     seen = np.cumsum(np.where(length == 3, counts, 0))

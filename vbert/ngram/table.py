@@ -2,12 +2,14 @@
 
 It is a safetensors file: `index` [C, 2] (vbert/ngram/index.py), `counts` [N] (how often each n-gram was seen, for
 pruning and merging), `rows` [N, 3, H] float16, or int8 with `scales` [N, 3]; the most frequent n-grams first. Its
-header has the fingerprint of the skip backbone that made the rows. A file never changes: a new version takes its name.
+header has the fingerprint of the skip backbone that made the rows, and a digest of all that follows it. A file never
+changes: a new version takes its name.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import math
 import mmap
@@ -17,7 +19,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numba
 import numpy as np
@@ -39,6 +41,7 @@ _DTYPES = {"F16": torch.float16, "I8": torch.int8, "F32": torch.float32, "U64": 
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _ROW_DTYPES = (torch.float16, torch.int8)
 _AGAIN = "build it again"
+_DIGEST = 32  # bytes
 
 
 class NgramTable:
@@ -48,6 +51,8 @@ class NgramTable:
         """fingerprint: of the backbone that must have made it; None: any. Raises OSError; CorruptFile for a file that
         is cut or no table; WrongBackbone."""
         self.path = Path(path)
+        if self.path.is_dir():
+            raise ConfigError(f"{path} is a folder; give the file of an n-gram table")
         with self.path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             try:
@@ -56,13 +61,10 @@ class NgramTable:
                 raise CorruptFile(f"the n-gram table {path} is empty; {_AGAIN}") from error
         memory.madvise(mmap.MADV_RANDOM)
         about, tensors = _parse(memory, size, self.path)
-        self.fingerprint = about.pop("fingerprint")
+        self.fingerprint, self._digest = about.pop("fingerprint"), about.pop("digest", "")
         self.about = {name: value for name, value in about.items() if name != "format"}
-        if fingerprint is not None and self.fingerprint != fingerprint:
-            raise WrongBackbone(
-                f"the n-gram table {path} was made by backbone {self.fingerprint[:23]}, this one is "
-                f"{fingerprint[:23]}; {_AGAIN} with this one"
-            )
+        if fingerprint is not None:
+            self.check_made_by(fingerprint)
         self._index: Keys = tensors["index"].numpy()
         self.counts, self.rows, self._scales = tensors["counts"], tensors["rows"], tensors.get("scales")
         scale_bytes = 0 if self._scales is None else self._scales.nbytes
@@ -71,6 +73,23 @@ class NgramTable:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def check_made_by(self, fingerprint: str) -> None:
+        """Raises WrongBackbone."""
+        if self.fingerprint != fingerprint:
+            raise WrongBackbone(
+                f"the n-gram table {self.path} was made by backbone {self.fingerprint[:23]}, this one is "
+                f"{fingerprint[:23]}; {_AGAIN} with this one"
+            )
+
+    def check(self) -> None:
+        """Read everything, as the server never does. Raises OSError, CorruptFile for whatever is not as it was
+        written."""
+        with self.path.open("rb") as file:
+            file.seek(8 + int.from_bytes(file.read(8), "little"))
+            found = _digest_of(file)
+        if found != self._digest:
+            raise CorruptFile(f"the n-gram table {self.path} is not as it was written; {_AGAIN}")
 
     @property
     def encoder(self) -> str:
@@ -167,7 +186,8 @@ class TableWriter:
         self._index = build_index(keys)
         self._counts, self._missing = np.minimum(counts, np.iinfo(np.uint32).max).astype(np.uint32), len(keys)
         self._scales = np.empty((len(keys) if dtype == torch.int8 else 0, 3), np.float32)
-        self._about = {**(about or {}), "format": _FORMAT, "fingerprint": fingerprint}
+        self._about = {**(about or {}), "format": _FORMAT, "fingerprint": fingerprint, "digest": "0" * 2 * _DIGEST}
+        self._written = hashlib.blake2b(digest_size=_DIGEST)
 
     def __enter__(self) -> Self:
         """Raises ConfigError when another process makes this file; OSError."""
@@ -200,7 +220,7 @@ class TableWriter:
             first = len(self._counts) - self._missing
             self._scales[first : first + len(rows)] = scales.numpy()
             rows = (rows / scales.unsqueeze(2)).round()
-        self._file.write(rows.to(self._dtype).contiguous().numpy().data)
+        self._write(rows.to(self._dtype).contiguous().numpy().data)
         self._missing -= len(rows)
 
     def __exit__(
@@ -212,14 +232,26 @@ class TableWriter:
                 return
             if self._missing:
                 raise ShapeError(f"{self._missing} rows of {self._path} are missing")
-            self._file.write(self._scales.data)
+            self._write(self._scales.data)
+            self._file.seek(0)
+            self._write_header(self._written.hexdigest())
             self._file.flush()
             os.fchmod(self._file.fileno(), _mode_of(self._path))
             os.fsync(self._file.fileno())
             os.rename(self._part, self._path)
 
+    def _write(self, data: memoryview) -> None:
+        self._written.update(data)
+        self._file.write(data)
+
     def _write_head(self) -> None:
         """Header, index and counts: what is known before the first row."""
+        self._write_header(self._about["digest"])
+        self._write(self._index.data)
+        self._write(self._counts.data)
+
+    def _write_header(self, digest: str) -> None:
+        """digest: of all that follows; always of one length."""
         count, row_bytes = len(self._counts), 3 * self._width * self._dtype.itemsize
         parts: list[tuple[str, torch.dtype, tuple[int, ...], int]] = [
             ("index", torch.uint64, self._index.shape, self._index.nbytes),
@@ -228,7 +260,7 @@ class TableWriter:
         ]
         if self._dtype == torch.int8:
             parts.append(("scales", torch.float32, (count, 3), self._scales.nbytes))
-        header: dict[str, Any] = {"__metadata__": self._about}
+        header: dict[str, Any] = {"__metadata__": self._about | {"digest": digest}}
         offset = 0
         for name, dtype, shape, num_bytes in parts:
             header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [offset, offset + num_bytes]}
@@ -236,8 +268,14 @@ class TableWriter:
         text = json.dumps(header).encode()
         text += b" " * (-(8 + len(text)) % 64)  # the data begins with a cache line
         self._file.write(len(text).to_bytes(8, "little") + text)
-        self._file.write(self._index.data)
-        self._file.write(self._counts.data)
+
+
+def _digest_of(file: BinaryIO) -> str:
+    """Of the rest of it."""
+    digest = hashlib.blake2b(digest_size=_DIGEST)
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _mode_of(path: Path) -> int:
@@ -273,7 +311,7 @@ def _parse(memory: mmap.mmap, size: int, path: Path) -> tuple[dict[str, str], di
                 raise ValueError("int8 rows without their scales")
         str(about["fingerprint"])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise CorruptFile(f"the n-gram table {path} is damaged ({error}); {_AGAIN}") from error
+        raise CorruptFile(f"{path} is no n-gram table, or damaged ({error}); {_AGAIN}") from error
     return about, tensors
 
 
