@@ -47,5 +47,5 @@ def run(args: argparse.Namespace) -> None:
         with progress_bar() as progress:
             report = asdict(run(config, progress=progress)) | {"path": settings.get("out")}
         if store is not None:
-            report |= put(store, args.name, Path(config.out).read_bytes())
+            report = put(store, args.name, Path(config.out).read_bytes()) | report
     show(report, as_json=args.json)

@@ -30,9 +30,10 @@ _MAY_BE_ZERO = {
 }
 
 
-def option(default: Any, help_text: str) -> Any:
-    """A config field with the sentence that `--help` and docs/configuration.md show for it."""
-    return field(default=default, metadata={"help": help_text})
+def option(default: Any, help_text: str, *, files: bool = False) -> Any:
+    """A config field with the sentence that `--help` and docs/configuration.md show for it. files: its items may be
+    words of their own, as a shell writes *.ngrams."""
+    return field(default=default, metadata={"help": help_text, "files": files})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,12 +65,17 @@ class EngineConfig:
         0, "bytes for the lower layers of whole texts, kept for whoever sends the same text again; 0: none are kept"
     )
     sequence_disk_bytes: int = option(0, "bytes of a file behind them, in the store's folder; it ends with the process")
-    sequence_layer: int = option(0, "the layer they enter: tenants that change none below it use them; 0: half of all")
+    sequence_layer: int = option(
+        0,
+        "the layer they enter: tenants that change none below it use them; 0: half of all, or what a backbone skips to",
+    )
     sequence_sharing: tuple[str, ...] = option(
         (), "PATTERN=shared, own or off, by tenant, the first that fits: who shares kept texts and n-grams; else all do"
     )
     ngrams: tuple[str, ...] = option(
-        (), "files of `vbert ngrams`, for a skip backbone: FILE for all tenants, DOMAIN=FILE for those of a domain"
+        (),
+        "files of `vbert ngrams`, for a skip backbone: FILE for all tenants, DOMAIN=FILE for those of a domain",
+        files=True,
     )
     ngram_domains: tuple[str, ...] = option(
         (), "PATTERN=DOMAIN, by tenant, the first that fits; else only files for all"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from dataclasses import Field, fields
 from itertools import chain
 from typing import Any
@@ -49,10 +50,19 @@ def _parsing(each: Field[Any]) -> dict[str, Any]:
     """How argparse reads the value. Values are checked by the config itself, whatever they came from."""
     kind = str if each.default is None else type(each.default)
     if kind is tuple:
-        of = each.metadata.get("of", str)
-        parsing = {"type": lambda text: tuple(of(part) for part in text.split(",")), "metavar": _METAVARS[tuple]}
+        parsing = {"type": _items(each.metadata.get("of", str)), "metavar": _METAVARS[tuple]}
         return parsing | ({"nargs": "+"} if each.metadata.get("files") else {})  # a shell writes *.txt as several words
     return {"type": kind, "metavar": _METAVARS[kind]}
+
+
+def _items(of: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    def parse(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(of(part) for part in text.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers; write them as 3,4") from None
+
+    return parse
 
 
 def _shown(value: Any) -> str:

@@ -370,7 +370,7 @@ class Forwards:
                 half = len(sequences) // 2
                 return [*self._alone(sequences[:half], batch_id), *self._alone(sequences[half:], batch_id)]
             return [(ComputeFailed(f"the forward pass of this tenant failed: {error}"), Way())] * len(sequences)
-        broken = ComputeFailed("the tenant gave numbers that are not finite for this input; look at its training")
+        broken = ComputeFailed("this tenant's numbers are not finite; look at its training, and at its n-gram tables")
         return [
             (output if is_finite(output) else broken, way) for output, way in zip(outputs, finish.ways, strict=True)
         ]

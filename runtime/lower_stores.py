@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -14,6 +15,8 @@ from vbert.ngram.index import Keys
 from vbert.packing import SequenceInput, Ways
 
 __all__ = ["LowerStores", "Routes", "without_stores"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +60,10 @@ class LowerStores:
             found = None if store is None else store.find(sequences, skips=skips, pin=pin)
             given = [] if found is None else found.given
             skipped = None if routed is None or ngrams is None else ngrams.skip(routed, given, pin=pin)
-        for i in given:
-            paths[i] = "stored"
+        stored = {*given}
+        for i, first in enumerate([] if found is None else found.first):  # or the same text as one that is
+            if first in stored:
+                paths[i] = "stored"
         return Routes(found, skipped, paths, () if routed is None else routed.missed(given))
 
     def ways(self, routes: Routes, count: int) -> Ways:
@@ -91,7 +96,9 @@ class LowerStores:
             self.ngrams.note(routes.missed)
 
     def forget(self, routes: Routes) -> None:
-        """Drop what was given to a batch that failed: it may be why."""
+        """Drop what was given to a batch that failed, and was answered without it: it may be why."""
+        if routes.skipped is not None and routes.skipped.entry.rows is not None:
+            _log.warning("a batch failed with stored n-grams and not without; see `vbert ngrams check`")
         if self.sequences is not None and routes.found is not None:
             self.sequences.forget(routes.found)
         if self.ngrams is not None and routes.skipped is not None:

@@ -22,6 +22,12 @@ class PathRules:
         self._paths = TenantRules("paths", paths, (AUTO, *_ASKED))
         self._domains = TenantRules("ngram_domains", domains, [domain for domain in tables if domain])
         self._tables = tables
+        if unused := [domain for domain in tables if domain and domain not in self._domains.values]:
+            raise ConfigError(
+                f"ngrams has tables of {unused[0]!r}, and no tenant is of that domain; say which are, as "
+                f"ngram_domains 'acme.*={unused[0]}'",
+                param="ngrams",
+            )
 
     def allowed(self, served: Served, asked: str | None) -> tuple[str, ...]:
         """For `SequenceInput.paths`. asked: what the request says, if anything. Where the operator fixed the path of a
@@ -37,11 +43,15 @@ class PathRules:
         if "exact" in able:
             able = (*able, "compute")
         fixed = self._paths.value(tenant, AUTO)
-        if fixed != AUTO and (fixed not in able or asked not in (None, AUTO, fixed)):
+        if fixed != AUTO and fixed not in able:
             raise BadRequest(
-                f"the operator fixed the path {fixed} for {tenant!r}, which can take {', '.join(able)}"
-                + (f", and the request asks for {asked!r}" if asked else ""),
+                f"the operator fixed the path {fixed} for {tenant!r}, which can take {', '.join(able)}; only the "
+                "server's option --paths can mend that",
                 param="path",
+            )
+        if fixed != AUTO and asked not in (None, AUTO, fixed):
+            raise BadRequest(
+                f"path is {asked!r}, and the operator fixed {fixed} for {tenant!r}; leave path out", param="path"
             )
         path = fixed if asked is None or asked == AUTO else asked
         if path == AUTO:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -127,6 +128,8 @@ class TrainConfig:
             raise ConfigError(f"state_epochs is {self.state_epochs} of {self.epochs} epochs; give fewer")
         if self.teacher and self.state_epochs and self.method == "head":
             raise ConfigError("a head alone learns no hidden states; leave state_epochs out", param="state_epochs")
+        if self.exit_cost > 1:
+            raise ConfigError(f"exit_cost is {self.exit_cost}; give a share of the metric up to 1", param="exit_cost")
         for name in ("lora_dropout", "head_dropout", "label_smoothing", "dev_share", "backoff_share"):
             if getattr(self, name) >= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give a share below 1")
@@ -154,6 +157,10 @@ def _check(name: str, value: Any, default: Any, rules: Any) -> None:
         raise ConfigError(f"{name} is {bad[0]!r}; use {', '.join(rules['choices'])}", param=name)
     if isinstance(value, tuple) and not all(isinstance(each, rules["of"]) for each in value):
         raise ConfigError(f"{name} is {value!r}; give {rules['of'].__name__} values", param=name)
+    if isinstance(value, tuple) and rules["choices"] and len({*value}) < len(value):
+        raise ConfigError(f"{name} is {','.join(value)}; give each of them once", param=name)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name} is {value}; give a finite number", param=name)
     if rules["at_least"] is not None and not value >= rules["at_least"]:
         raise ConfigError(f"{name} is {value}; it must be at least {rules['at_least']}", param=name)
 

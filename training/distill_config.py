@@ -11,6 +11,7 @@ from vbert.errors import ConfigError
 __all__ = ["OBJECTIVES", "DistillConfig"]
 
 OBJECTIVES = ("distil", "mlm")
+_WINDOW = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +44,7 @@ class DistillConfig:
         "frozen", "frozen: they stay the teacher's, with a plain way to them; or trained", choices=("frozen", "trained")
     )
     sinks: int = setting(2, "constant keys and values of each local layer", at_least=0)
-    window: int = setting(5, "kind window: tokens it sees", at_least=3)
+    window: int = setting(_WINDOW, "kind window: tokens it sees", at_least=3)
 
     tokens: int = setting(1_000_000, "tokens to learn from, in all", at_least=1)
     batch_size: int = setting(64, "texts in one step", at_least=1)
@@ -72,6 +73,10 @@ class DistillConfig:
         for name in ("backoff_steps", "backoff_share", "mask_share", "warmup_share"):
             if getattr(self, name) > 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give a share up to 1", param=name)
+        if self.kind != "window" and self.window != _WINDOW:
+            raise ConfigError(
+                f"window is {self.window}, and a student of the kind {self.kind} has none; leave it out", param="window"
+            )
         for name in ("backbone", "out"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is not set; give it as a flag or in the recipe", param=name)

@@ -75,7 +75,7 @@ class InferBody(Body):
     )
     path: Literal["auto", "plain", "exact", "compute", "backoff"] | None = Field(
         None,
-        description="how the texts pass the lower layers, one the tenant was trained for; null: the server's choice",
+        description="plain, exact, compute or backoff, if the tenant was trained for it, or auto; null: as auto",
     )
 
     @property

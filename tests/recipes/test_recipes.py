@@ -58,7 +58,9 @@ def test_paths_in_a_recipe_are_relative_to_it(tmp_path):
         ("epochs = 0", "epochs is 0; it must be at least 1"),
         ("method = 'ia3'", "method is 'ia3'; use lora, bottleneck, bitfit, head"),
         ("targets = ['query']", "targets is 'query'; use q, k, v"),
-        ("lr = nan", "lr is nan; it must be at least 0"),
+        ("lr = nan", "lr is nan; give a finite number"),
+        ("exit_cost = 3.0", "exit_cost is 3.0; give a share of the metric up to 1"),
+        ("paths = ['exact', 'exact']", "paths is exact,exact; give each of them once"),
         ("head_dropout = 1.0", "head_dropout is 1.0; give a share below 1"),
     ],
 )

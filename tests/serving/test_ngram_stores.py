@@ -165,6 +165,9 @@ async def test_what_does_not_belong_together_is_refused_at_the_start(world, on_s
     with pytest.raises(ConfigError, match="ngram_domains"):
         async with on_skip(ngram_domains=("a=b",)):
             pass
+    with pytest.raises(ConfigError, match="no tenant is of that domain"):
+        async with on_skip(ngrams=("finance=x",), ngram_domains=()):
+            pass
     assert table_files(("/a=b/c", "d=/e=f")) == {"": ["/a=b/c"], "d": ["/e=f"]}
     with pytest.raises(ConfigError, match="write FILE, or DOMAIN=FILE"):
         async with on_skip(ngrams=("=f",)):

@@ -186,12 +186,19 @@ async def test_rules_fix_the_path_of_tenants(world, on_skip):
         await add(engine, "bank", world.tenant(1))
         for asked in (None, "auto", "compute"):
             assert (await engine.classify("acme.x", ["hello"], path=asked)).paths == ("compute",)
-        with pytest.raises(BadRequest, match="the operator fixed the path compute"):
+        with pytest.raises(BadRequest, match=r"the operator fixed compute for 'acme\.x'; leave path out"):
             await engine.classify("acme.x", ["hello"], path="exact")
         assert (await engine.classify("bank", ["hello"], path="exact")).paths == ("exact",)
         await add(engine, "acme.plain", world.tenant(1, "backoff"))
         with pytest.raises(BadRequest, match="no n-gram table is served"):
             await engine.classify("acme.plain", ["hello"])
+
+
+async def test_a_rule_that_a_tenant_cannot_follow_is_the_operators_to_mend(world, on_skip):
+    async with on_skip(paths=("acme.*=backoff",)) as engine:
+        await add(engine, "acme.x", world.tenant(1, "exact"))
+        with pytest.raises(BadRequest, match="which can take exact, compute; only the server's option --paths"):
+            await engine.classify("acme.x", ["hello"])
 
 
 async def test_without_a_table_nobody_backs_off(world, on_skip):
