@@ -113,11 +113,11 @@ class TenantHeader:
     ) -> None:
         """Raise WrongBackbone or CorruptFile when this tenant cannot run on that backbone. known: keys of layouts that
         were checked before."""
-        ours = {fingerprint} if skip is None else {fingerprint, skip.fingerprint}
+        ours = [fingerprint] if skip is None else [fingerprint, skip.fingerprint]
         if self.fingerprint not in ours:
             raise WrongBackbone(
-                f"the tenant was made for backbone {self.fingerprint[:23]}, this one is {fingerprint[:23]}; "
-                "convert or train it again with this backbone"
+                f"the tenant was made for backbone {self.fingerprint[:23]}, this one is "
+                f"{' or '.join(each[:23] for each in ours)}; convert or train it again with this backbone"
             )
         if not (paths := self.paths_on(skip)):
             raise WrongBackbone(
