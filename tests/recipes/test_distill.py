@@ -294,7 +294,7 @@ def test_recipes_are_of_the_shape_they_are_named_after(path):
     name, _, layers = path.stem.rpartition("-")
     shape = config.shape({"minilm-l6": 6, "e5-12l": 12}[name])
     kind = "" if shape.kind == "trigram" else shape.kind
-    assert f"{shape.lower}{kind}+{len(shape.upper)}" == layers
+    assert f"{shape.lower}{kind}+{len(shape.upper)}" == layers.removesuffix("trained")
     num_layers = {"minilm-l6": 6, "e5-12l": 12}[name]
     states, attentions = config.teacher_states(shape, num_layers), config.teacher_attentions(shape, num_layers)
     assert states[-1] == num_layers
